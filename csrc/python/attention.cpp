@@ -1,0 +1,7 @@
+#include "python/bindings.hpp"
+
+namespace l3ext::python {
+
+void bind_attention(pybind11::module_&) {}
+
+}  // namespace l3ext::python

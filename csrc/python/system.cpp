@@ -1,0 +1,90 @@
+// Errors, build facts and machine facts.
+#include <pybind11/pybind11.h>
+
+#include <cerrno>
+#include <exception>
+
+#include "core/checksum.hpp"
+#include "core/cpu_features.hpp"
+#include "core/cuda_devices.hpp"
+#include "core/error.hpp"
+#include "python/bindings.hpp"
+#include "python/tensor_arg.hpp"
+
+namespace py = pybind11;
+
+namespace l3ext::python {
+namespace {
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    switch (error.code()) {
+      case ErrorCode::kValue:
+        PyErr_SetString(PyExc_ValueError, error.what());
+        return;
+      case ErrorCode::kType:
+        PyErr_SetString(PyExc_TypeError, error.what());
+        return;
+      case ErrorCode::kIo: {
+        // OSError(errno, text, path) becomes FileNotFoundError and friends by itself. A file that
+        // is readable but wrong has no errno of its own: EIO is the closest.
+        const int code = error.system_errno() != 0 ? error.system_errno() : EIO;
+        py::object instance = py::reinterpret_steal<py::object>(PyObject_CallFunction(
+            PyExc_OSError, "iss", code, error.what(), error.path().c_str()));
+        if (instance) {
+          PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
+        }
+        return;
+      }
+      case ErrorCode::kRuntime:
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return;
+      case ErrorCode::kInterrupted:
+        if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
+        return;
+    }
+  }
+}
+
+}  // namespace
+
+bool interrupted() {
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;  // leaves the exception set for translate()
+}
+
+void bind_system(py::module_& module) {
+  py::register_exception_translator(translate);
+  module.attr("has_cuda") = built_with_cuda();
+  module.attr("version") = L3EXT_VERSION;
+  module.def("cpu_isa", [] { return cpu_isa_name(active_cpu_isa()); });
+  module.def("cpu_features", [] {
+    const CpuFeatures features = cpu_features();
+    py::dict facts;
+    facts["avx2"] = features.avx2;
+    facts["avx512"] = features.avx512;
+    facts["avx512_bf16"] = features.avx512_bf16;
+    facts["amx_bf16"] = features.amx_bf16;
+    return facts;
+  });
+  module.def("cuda_devices", [] {
+    py::list devices;
+    for (const CudaDevice& device : cuda_devices()) {
+      py::dict facts;
+      facts["name"] = device.name;
+      facts["compute_capability"] = py::make_tuple(device.major, device.minor);
+      facts["memory_bytes"] = device.memory_bytes;
+      devices.append(facts);
+    }
+    return devices;
+  });
+  module.def("crc32c", [](const TensorArg& data) {
+    check_host(data.view(), "data");
+    check_contiguous(data.view(), "data");
+    return crc32c(data->data, static_cast<size_t>(data->numel()) * dtype_bytes(data->dtype));
+  });
+}
+
+}  // namespace l3ext::python

@@ -1,0 +1,14 @@
+"""Large Lookup Layers (L3) for PyTorch."""
+
+from __future__ import annotations
+
+# torch first: the native module then shares torch's OpenMP runtime instead of bringing a second
+# one, whose threads would compete with torch's for the same cores.
+import torch  # noqa: F401
+
+from l3ext import _C
+
+__version__: str = _C.version
+has_cuda: bool = _C.has_cuda
+
+__all__ = ["has_cuda"]

@@ -1,0 +1,85 @@
+#include <unistd.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+#include "check.hpp"
+#include "core/atomic_file.hpp"
+#include "core/checksum.hpp"
+#include "core/cpu_features.hpp"
+#include "core/error.hpp"
+
+using l3ext::Error;
+
+namespace {
+
+std::string temporary_path(const char* name) {
+  return (std::filesystem::temp_directory_path() / l3ext::concat(name, ".", ::getpid())).string();
+}
+
+void crc32c_matches_the_published_check_value() {
+  // The check value of CRC-32C for the nine digits, from the catalogue of CRC algorithms.
+  EXPECT(l3ext::crc32c("123456789", 9) == 0xE3069283u);
+  EXPECT(l3ext::crc32c("56789", 5, l3ext::crc32c("1234", 4)) == 0xE3069283u);
+  EXPECT(l3ext::crc32c("", 0) == 0u);
+}
+
+void atomic_file_keeps_the_old_content_until_commit() {
+  const std::string path = temporary_path("atomic");
+  {
+    l3ext::AtomicFile file(path);
+    file.write("old", 3);
+    file.commit();
+  }
+  {
+    l3ext::AtomicFile file(path);
+    file.write("new", 3);  // no commit
+  }
+  std::string content;
+  std::ifstream(path) >> content;
+  EXPECT(content == "old");
+  int entries = 0;
+  const auto name = std::filesystem::path(path).filename().string();
+  for (const auto& entry : std::filesystem::directory_iterator(
+           std::filesystem::path(path).parent_path())) {
+    entries += entry.path().filename().string().starts_with(name);
+  }
+  EXPECT(entries == 1);  // the abandoned temporary file is gone
+  std::filesystem::remove(path);
+}
+
+void atomic_file_names_the_path_it_cannot_write() {
+  const std::string message =
+      EXPECT_THROWS(Error, l3ext::AtomicFile("/nonexistent-directory/file"));
+  EXPECT(message.find("cannot create") != std::string::npos);
+}
+
+void a_full_disk_is_an_error_and_not_a_short_file() {
+  if (!std::filesystem::exists("/dev/full")) return;
+  const std::string link = temporary_path("full");
+  // AtomicFile opens "<path>.tmp.<pid>": point that name at the device that is always full.
+  const std::string target = l3ext::concat(link, ".tmp.", ::getpid());
+  std::filesystem::create_symlink("/dev/full", target);
+  l3ext::AtomicFile file(link);
+  const std::string message = EXPECT_THROWS(Error, file.write("x", 1));
+  EXPECT(message.find("the old file stays") != std::string::npos);
+}
+
+void features_are_consistent() {
+  EXPECT(l3ext::active_cpu_isa() <= l3ext::best_cpu_isa());
+  const auto features = l3ext::cpu_features();
+  EXPECT(!features.avx512 || features.avx2);
+}
+
+}  // namespace
+
+int main() {
+  RUN(crc32c_matches_the_published_check_value);
+  RUN(atomic_file_keeps_the_old_content_until_commit);
+  RUN(atomic_file_names_the_path_it_cannot_write);
+  RUN(a_full_disk_is_an_error_and_not_a_short_file);
+  RUN(features_are_consistent);
+  return check::failures == 0 ? 0 : 1;
+}
