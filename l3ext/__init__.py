@@ -7,8 +7,9 @@ from __future__ import annotations
 import torch  # noqa: F401
 
 from l3ext import _C
+from l3ext.ops import Plan, plan, segmented_attention
 
 __version__: str = _C.version
 has_cuda: bool = _C.has_cuda
 
-__all__ = ["has_cuda"]
+__all__ = ["Plan", "has_cuda", "plan", "segmented_attention"]

@@ -53,15 +53,15 @@ CpuIsa choose() {
   for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
     if (name != cpu_isa_name(isa)) continue;
     if (isa > best_cpu_isa()) {
-      throw Error(ErrorCode::kRuntime, concat("L3EXT_CPU_ISA: this processor runs at most \"",
-                                              cpu_isa_name(best_cpu_isa()), "\", got \"", name,
-                                              "\""));
+      throw Error(ErrorCode::kRuntime,
+                  concat("L3EXT_CPU_ISA: this processor runs at most \"",
+                         cpu_isa_name(best_cpu_isa()), "\", got \"", name, "\""));
     }
     return isa;
   }
-  throw Error(ErrorCode::kValue,
-              concat("L3EXT_CPU_ISA: expected \"baseline\", \"avx2\" or \"avx512\", got \"", name,
-                     "\""));
+  throw Error(
+      ErrorCode::kValue,
+      concat("L3EXT_CPU_ISA: expected \"baseline\", \"avx2\" or \"avx512\", got \"", name, "\""));
 }
 
 }  // namespace

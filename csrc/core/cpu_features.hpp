@@ -17,7 +17,7 @@ CpuIsa best_cpu_isa();
 CpuIsa active_cpu_isa();
 
 struct CpuFeatures {
-  bool avx2 = false;  // AVX2, FMA and F16C
+  bool avx2 = false;    // AVX2, FMA and F16C
   bool avx512 = false;  // F, BW, DQ, VL
   bool avx512_bf16 = false;
   bool amx_bf16 = false;

@@ -17,7 +17,8 @@ enum class ErrorCode {
   kInterrupted,  // the caller's interrupt hook asked to stop; state is as before the call
 };
 
-// Concatenates anything streamable: L3EXT_CHECK(v >= V, "total_rows: expected at least ", V, ", got ", v).
+// Concatenates anything streamable: L3EXT_CHECK(v >= V, "total_rows: expected at least ", V, ", got
+// ", v).
 template <typename... Args>
 std::string concat(const Args&... args) {
   std::ostringstream stream;
@@ -51,9 +52,9 @@ class Error : public std::exception {
 }  // namespace l3ext
 
 // Throws Error(kValue, ...) unless the condition holds; the same in debug and release builds.
-#define L3EXT_CHECK(condition, ...)                                                         \
-  do {                                                                                      \
-    if (!(condition)) [[unlikely]] {                                                        \
-      throw ::l3ext::Error(::l3ext::ErrorCode::kValue, ::l3ext::concat(__VA_ARGS__));       \
-    }                                                                                       \
+#define L3EXT_CHECK(condition, ...)                                                   \
+  do {                                                                                \
+    if (!(condition)) [[unlikely]] {                                                  \
+      throw ::l3ext::Error(::l3ext::ErrorCode::kValue, ::l3ext::concat(__VA_ARGS__)); \
+    }                                                                                 \
   } while (false)

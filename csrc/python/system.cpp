@@ -31,8 +31,8 @@ void translate(std::exception_ptr pointer) {
         // OSError(errno, text, path) becomes FileNotFoundError and friends by itself. A file that
         // is readable but wrong has no errno of its own: EIO is the closest.
         const int code = error.system_errno() != 0 ? error.system_errno() : EIO;
-        py::object instance = py::reinterpret_steal<py::object>(PyObject_CallFunction(
-            PyExc_OSError, "iss", code, error.what(), error.path().c_str()));
+        py::object instance = py::reinterpret_steal<py::object>(
+            PyObject_CallFunction(PyExc_OSError, "iss", code, error.what(), error.path().c_str()));
         if (instance) {
           PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
         }

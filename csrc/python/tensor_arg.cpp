@@ -19,16 +19,17 @@ DType dtype_of(const DLDataType& type) {
     if (type.code == kDLInt && type.bits == 32) return DType::kInt32;
     if (type.code == kDLUInt && type.bits == 8) return DType::kUInt8;
   }
-  fail(concat("array: expected dtype float64, float32, bfloat16, float16, int64, int32 or uint8, "
-              "got DLPack code ",
-              int{type.code}, " with ", int{type.bits}, " bits"));
+  fail(
+      concat("array: expected dtype float64, float32, bfloat16, float16, int64, int32 or uint8, "
+             "got DLPack code ",
+             int{type.code}, " with ", int{type.bits}, " bits"));
 }
 
 TensorView view_of(const DLTensor& tensor) {
   TensorView view;
   if (tensor.ndim > TensorView::kMaxDims) {
-    fail(concat("array: expected at most ", TensorView::kMaxDims, " dimensions, got ",
-                tensor.ndim));
+    fail(
+        concat("array: expected at most ", TensorView::kMaxDims, " dimensions, got ", tensor.ndim));
   }
   view.dtype = dtype_of(tensor.dtype);
   view.on_host = tensor.device.device_type == kDLCPU || tensor.device.device_type == kDLCUDAHost;
@@ -63,9 +64,10 @@ const DLPackExchangeAPI* exchange_api(py::handle object) {
 py::object call_dlpack(py::handle object) {
   py::object method = py::getattr(object, "__dlpack__", py::none());
   if (method.is_none()) {
-    fail(concat("array: expected a torch tensor, a NumPy array or another object with "
-                "__dlpack__, got ",
-                Py_TYPE(object.ptr())->tp_name));
+    fail(
+        concat("array: expected a torch tensor, a NumPy array or another object with "
+               "__dlpack__, got ",
+               Py_TYPE(object.ptr())->tp_name));
   }
   try {
     return method(py::arg("max_version") = py::make_tuple(1, 0));
@@ -98,8 +100,7 @@ TensorArg TensorArg::from_object(py::handle object) {
     arg.view_ = view_of(managed->dl_tensor);
     arg.view_.read_only = managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY;
   } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
-    auto* managed =
-        static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");
     arg.managed_ = managed;
     arg.view_ = view_of(managed->dl_tensor);
@@ -111,8 +112,9 @@ TensorArg TensorArg::from_object(py::handle object) {
 
 void check_host(const TensorView& tensor, const char* argument) {
   if (!tensor.on_host) {
-    throw Error(ErrorCode::kType, concat(argument, ": expected an array in host memory, got one "
-                                                   "on a device"));
+    throw Error(ErrorCode::kType, concat(argument,
+                                         ": expected an array in host memory, got one "
+                                         "on a device"));
   }
 }
 

@@ -41,7 +41,8 @@ inline void run(const char* name, void (*test)()) {
 
 }  // namespace check
 
-#define EXPECT(condition) ::check::expect(static_cast<bool>(condition), #condition, __FILE__, __LINE__)
+#define EXPECT(condition) \
+  ::check::expect(static_cast<bool>(condition), #condition, __FILE__, __LINE__)
 #define EXPECT_THROWS(Exception, ...) \
   ::check::message_of<Exception>([&] { __VA_ARGS__; }, __FILE__, __LINE__)
 #define RUN(test) ::check::run(#test, test)

@@ -42,8 +42,8 @@ void atomic_file_keeps_the_old_content_until_commit() {
   EXPECT(content == "old");
   int entries = 0;
   const auto name = std::filesystem::path(path).filename().string();
-  for (const auto& entry : std::filesystem::directory_iterator(
-           std::filesystem::path(path).parent_path())) {
+  for (const auto& entry :
+       std::filesystem::directory_iterator(std::filesystem::path(path).parent_path())) {
     entries += entry.path().filename().string().starts_with(name);
   }
   EXPECT(entries == 1);  // the abandoned temporary file is gone

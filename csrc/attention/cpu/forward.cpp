@@ -1,0 +1,185 @@
+// Forward on the CPU. Units of work (some queries of one segment against all its rows) run in
+// parallel; where there are too few of them, the rows and then the columns of a unit are shared.
+// Memory-bound while segments have few queries, FMA-bound beyond.
+#include <algorithm>
+#include <vector>
+
+#include "attention/cpu/row_kernels.hpp"
+#include "attention/cpu/schedule.hpp"
+#include "attention/segmented_attention.hpp"
+#include "core/parallel.hpp"
+#include "core/scratch.hpp"
+
+namespace l3ext {
+namespace cpu {
+namespace {
+
+template <typename T>
+class Forward {
+ public:
+  using Acc = Accumulator<T>;
+
+  explicit Forward(const SegmentedAttentionParams& params)
+      : p_(params), kernels_(row_kernels<T>(active_cpu_isa())) {}
+
+  void run() {
+    const std::vector<Unit> units = make_units(p_.plan, p_.d_in, /*whole_segments=*/false);
+    constexpr size_t kUnitsPerThread = 8;
+    if (p_.num_threads > 1 && units.size() < kUnitsPerThread * p_.num_threads) {
+      run_shared(units);
+      return;
+    }
+    const std::vector<int32_t> order = longest_first(units);
+    parallel_for(p_.num_threads, static_cast<int64_t>(order.size()),
+                 [&](int64_t i) { run_unit(units[order[i]]); });
+  }
+
+ private:
+  // A unit's working arrays.
+  struct Work {
+    const T** keys;    // [rows]
+    const T** values;  // [rows]
+    Acc* x;            // [queries, d_in]
+    Acc* scores;       // [queries, rows], then the softmax's numerators
+    Acc* inverse;      // [queries], 1 / sum of the numerators
+    Acc* y;            // [queries, d_emb]
+  };
+
+  Work carve(Carver& carver, const Unit& unit) const {
+    Work work;
+    work.keys = carver.take<const T*>(unit.rows());
+    work.values = carver.take<const T*>(unit.rows());
+    work.x = carver.take<Acc>(unit.queries() * p_.d_in);
+    work.scores = carver.take<Acc>(unit.queries() * unit.rows());
+    work.inverse = carver.take<Acc>(unit.queries());
+    work.y = carver.take<Acc>(unit.queries() * p_.d_emb);
+    return work;
+  }
+
+  const T* x_row(int64_t q) const {
+    return static_cast<const T*>(p_.x.data) + p_.plan.permutation[q] * p_.x.stride;
+  }
+  T* y_row(int64_t q) const {
+    return static_cast<T*>(p_.y.data) + p_.plan.permutation[q] * p_.y.stride;
+  }
+  const T* value_row(int64_t r) const {
+    return static_cast<const T*>(p_.values.data) + r * p_.values.stride;
+  }
+
+  // No rows: the empty sum. One row: its weight is 1 whatever the key, so no key is read.
+  bool run_trivial(const Unit& unit) const {
+    if (unit.rows() > 1) return false;
+    for (int64_t q = unit.query_begin; q < unit.query_end; ++q) {
+      if (unit.rows() == 0) {
+        std::fill_n(y_row(q), p_.d_emb, T{});
+      } else {
+        std::copy_n(value_row(unit.row_begin), p_.d_emb, y_row(q));
+      }
+    }
+    return true;
+  }
+
+  void prepare(const Unit& unit, const Work& work) const {
+    const T* key = static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride;
+    for (int64_t r = 0; r < unit.rows(); ++r) {
+      work.keys[r] = key + r * p_.keys.stride;
+      work.values[r] = value_row(unit.row_begin + r);
+    }
+    for (int64_t q = 0; q < unit.queries(); ++q) {
+      kernels_.load(x_row(unit.query_begin + q), work.x + q * p_.d_in, p_.d_in);
+    }
+    std::fill_n(work.y, unit.queries() * p_.d_emb, Acc{});
+  }
+
+  void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end) const {
+    kernels_.dot(work.keys + row_begin, row_end - row_begin, work.x, p_.d_in, unit.queries(),
+                 p_.d_in, static_cast<Acc>(p_.scale), work.scores + row_begin, unit.rows());
+  }
+
+  void normalise(const Unit& unit, const Work& work) const {
+    for (int64_t q = 0; q < unit.queries(); ++q) {
+      work.inverse[q] = Acc{1} / kernels_.exponentials(work.scores + q * unit.rows(), unit.rows());
+    }
+  }
+
+  void write(const Unit& unit, const Work& work, int64_t column, int64_t columns) const {
+    for (int64_t q = 0; q < unit.queries(); ++q) {
+      kernels_.store(work.y + q * p_.d_emb + column, work.inverse[q],
+                     y_row(unit.query_begin + q) + column, columns);
+    }
+  }
+
+  void run_unit(const Unit& unit) const {
+    if (run_trivial(unit)) return;
+    Carver sizes;
+    carve(sizes, unit);
+    Carver carver(thread_scratch(sizes.bytes()));
+    const Work work = carve(carver, unit);
+    prepare(unit, work);
+    score(unit, work, 0, unit.rows());
+    normalise(unit, work);
+    kernels_.accumulate(work.values, unit.rows(), work.scores, unit.rows(), 1, unit.queries(),
+                        p_.d_emb, work.y, p_.d_emb);
+    write(unit, work, 0, p_.d_emb);
+  }
+
+  // A slice of one unit's rows or columns.
+  struct Task {
+    size_t unit;
+    int64_t begin;
+    int64_t end;
+  };
+
+  static std::vector<Task> slice(const std::vector<Unit>& units, int64_t size, auto extent) {
+    std::vector<Task> tasks;
+    for (size_t u = 0; u < units.size(); ++u) {
+      if (units[u].rows() <= 1) continue;
+      const int64_t end = extent(units[u]);
+      for (int64_t i = 0; i < end; i += size) tasks.push_back({u, i, std::min(i + size, end)});
+    }
+    return tasks;
+  }
+
+  void run_shared(const std::vector<Unit>& units) const {
+    Carver sizes;
+    for (const Unit& unit : units) carve(sizes, unit);
+    Carver carver(thread_scratch(sizes.bytes()));
+    std::vector<Work> work;
+    for (const Unit& unit : units) work.push_back(carve(carver, unit));
+
+    for (size_t u = 0; u < units.size(); ++u) {
+      if (!run_trivial(units[u])) prepare(units[u], work[u]);
+    }
+    constexpr int64_t kRowSlice = 64, kColumnSlice = 128;
+    const auto rows = slice(units, kRowSlice, [](const Unit& unit) { return unit.rows(); });
+    parallel_for(p_.num_threads, static_cast<int64_t>(rows.size()), [&](int64_t i) {
+      score(units[rows[i].unit], work[rows[i].unit], rows[i].begin, rows[i].end);
+    });
+    for (size_t u = 0; u < units.size(); ++u) {
+      if (units[u].rows() > 1) normalise(units[u], work[u]);
+    }
+    const auto columns = slice(units, kColumnSlice, [&](const Unit&) { return p_.d_emb; });
+    parallel_for(p_.num_threads, static_cast<int64_t>(columns.size()), [&](int64_t i) {
+      const auto [u, begin, end] = columns[i];
+      std::vector<const T*> values(work[u].values, work[u].values + units[u].rows());
+      for (const T*& value : values) value += begin;
+      kernels_.accumulate(values.data(), units[u].rows(), work[u].scores, units[u].rows(), 1,
+                          units[u].queries(), end - begin, work[u].y + begin, p_.d_emb);
+      write(units[u], work[u], begin, end - begin);
+    });
+  }
+
+  const SegmentedAttentionParams& p_;
+  const RowKernels<T>& kernels_;
+};
+
+}  // namespace
+}  // namespace cpu
+
+void segmented_attention(const SegmentedAttentionParams& params) {
+  cpu::check_plan(params.plan, params.table_rows, /*disjoint_rows=*/false);
+  dispatch_float(params.dtype, "x",
+                 [&](auto tag) { cpu::Forward<typename decltype(tag)::type>(params).run(); });
+}
+
+}  // namespace l3ext

@@ -1,0 +1,71 @@
+#include "attention/cpu/schedule.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "core/error.hpp"
+
+namespace l3ext::cpu {
+
+int64_t unit_queries(int64_t rows, int64_t depth) {
+  constexpr int64_t kElements = 48 * 1024;  // 192 KiB of float32 for each of the two
+  constexpr int64_t kMost = 48;             // a multiple of every kernel's block of queries
+  const int64_t fits = kElements / std::max<int64_t>({rows, depth, 1});
+  return std::clamp<int64_t>(fits / 6 * 6, 6, kMost);
+}
+
+std::vector<Unit> make_units(const PlanView& plan, int64_t depth, bool whole_segments) {
+  std::vector<Unit> units;
+  units.reserve(static_cast<size_t>(plan.num_segments));
+  for (int64_t s = 0; s < plan.num_segments; ++s) {
+    Unit unit;
+    unit.row_begin = plan.segment_rows[2 * s];
+    unit.row_end = plan.segment_rows[2 * s + 1];
+    const int64_t end = plan.segment_queries[s + 1];
+    const int64_t step = whole_segments ? end : unit_queries(unit.rows(), depth);
+    for (int64_t q = plan.segment_queries[s]; q < end; q += step) {
+      unit.query_begin = q;
+      unit.query_end = std::min(q + step, end);
+      units.push_back(unit);
+    }
+  }
+  return units;
+}
+
+std::vector<int32_t> longest_first(const std::vector<Unit>& units) {
+  std::vector<int32_t> order(units.size());
+  std::iota(order.begin(), order.end(), 0);
+  // Reading a row costs about as much as eight queries' products with it.
+  const auto cost = [&](int32_t i) { return units[i].rows() * (8 + units[i].queries()); };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return cost(a) > cost(b); });
+  return order;
+}
+
+void check_plan(const PlanView& plan, int64_t table_rows, bool disjoint_rows) {
+  L3EXT_CHECK(plan.num_segments >= 0 && plan.num_segments <= plan.num_tokens,
+              "plan: expected 0 to ", plan.num_tokens, " segments, got ", plan.num_segments);
+  int64_t next_query = 0, next_row = 0;
+  for (int64_t s = 0; s < plan.num_segments; ++s) {
+    const int64_t begin = plan.segment_rows[2 * s], end = plan.segment_rows[2 * s + 1];
+    L3EXT_CHECK(0 <= begin && begin <= end && end <= table_rows, "plan: segment ", s,
+                " needs rows ", begin, "..", end, " of a table of ", table_rows, " rows");
+    L3EXT_CHECK(plan.segment_queries[s] == next_query && plan.segment_queries[s + 1] > next_query,
+                "plan: segment ", s, " has no queries, or starts where the last did not end");
+    next_query = plan.segment_queries[s + 1];
+    L3EXT_CHECK(!disjoint_rows || begin >= next_row,
+                "plan: row gradients need segments with "
+                "ascending rows, got row ",
+                begin, " after row ", next_row, " in segment ", s);
+    next_row = end;
+  }
+  L3EXT_CHECK(next_query == plan.num_tokens, "plan: expected segments of ", plan.num_tokens,
+              " queries in all, got ", next_query);
+  for (int64_t i = 0; i < plan.num_tokens; ++i) {
+    L3EXT_CHECK(plan.permutation[i] >= 0 && plan.permutation[i] < plan.num_tokens,
+                "plan: expected positions in [0, ", plan.num_tokens, "), got ", plan.permutation[i],
+                " at sorted position ", i);
+  }
+}
+
+}  // namespace l3ext::cpu

@@ -1,0 +1,68 @@
+// Segmented attention: every query of a segment attends to the rows of that segment's token.
+//   s = softmax(scale * K_t x)     y = V_t^T s
+// with t the token of the query, K_t and V_t the rows that it owns.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.hpp"
+
+namespace l3ext {
+
+// A matrix whose rows may be strided; elements of a row are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  int64_t stride = 0;  // elements from one row to the next
+};
+struct MutableRows {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// A plan as the kernels read it; see attention/plan.hpp.
+struct PlanView {
+  const int32_t* permutation = nullptr;      // [num_tokens]
+  const int32_t* segment_queries = nullptr;  // [num_tokens + 1]
+  const int64_t* segment_rows = nullptr;     // [>= num_segments, 2]
+  int64_t num_tokens = 0;
+  int64_t num_segments = 0;
+};
+
+struct SegmentedAttentionParams {
+  DType dtype = DType::kFloat32;  // of x, keys, values and y
+  Rows x;                         // [num_tokens, d_in]
+  Rows keys;                      // [table_rows, d_in]
+  Rows values;                    // [table_rows, d_emb]
+  MutableRows y;                  // [num_tokens, d_emb]
+  PlanView plan;
+  int64_t table_rows = 0;
+  int64_t d_in = 0;
+  int64_t d_emb = 0;
+  double scale = 1.0;
+  int num_threads = 1;  // any number gives the same bits
+};
+
+struct SegmentedAttentionBackwardParams {
+  DType dtype = DType::kFloat32;
+  Rows x;               // [num_tokens, d_in]
+  Rows keys;            // [table_rows, d_in]
+  Rows values;          // [table_rows, d_emb]
+  Rows dy;              // [num_tokens, d_emb]
+  MutableRows dx;       // [num_tokens, d_in]; null data: not wanted
+  MutableRows dkeys;    // [table_rows, d_in]; null data: no row gradients. Every row is written
+  MutableRows dvalues;  // [table_rows, d_emb]; null data with dkeys set: tied, the sum into dkeys
+  PlanView plan;        // segment_rows ascending and disjoint, as plan() makes them
+  int64_t table_rows = 0;
+  int64_t d_in = 0;
+  int64_t d_emb = 0;
+  double scale = 1.0;
+  int num_threads = 1;
+};
+
+// Both throw kValue for a plan that does not fit (positions or rows out of range) before they
+// write anything. Sums are float32 (float64 for float64 inputs), in an order that depends on the
+// segment alone: the same bits on every run, for any thread count and any other tokens beside.
+void segmented_attention(const SegmentedAttentionParams& params);
+void segmented_attention_backward(const SegmentedAttentionBackwardParams& params);
+
+}  // namespace l3ext

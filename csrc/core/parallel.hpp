@@ -1,0 +1,34 @@
+// Data-parallel loops over OpenMP: inside Python that is torch's own pool, not a second one.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+
+namespace l3ext {
+
+// Calls f(i) once for every i in [0, count), on up to num_threads threads, in no order. The first
+// exception is rethrown here; tasks not yet begun are dropped.
+template <typename F>
+void parallel_for(int num_threads, int64_t count, const F& f) {
+  // One thread must not enter OpenMP: a forked child may have lost its pool.
+  if (num_threads <= 1 || count <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  std::exception_ptr error;
+  std::atomic<bool> failed = false;
+  const int threads = static_cast<int>(count < num_threads ? count : num_threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    if (failed.load(std::memory_order_relaxed)) continue;
+    try {
+      f(i);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  }
+  if (failed) std::rethrow_exception(error);
+}
+
+}  // namespace l3ext
