@@ -28,7 +28,8 @@ _library.define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"segmented_attention(Tensor x, Tensor keys, Tensor values, {_PLAN_ARGS}, float scale) -> Tensor"
+    f"segmented_attention(Tensor x, Tensor keys, Tensor values, {_PLAN_ARGS}, float scale)"
+    " -> Tensor"
 )
 _library.define(
     "segmented_attention_backward(Tensor dy, Tensor x, Tensor keys, Tensor values, "

@@ -1,0 +1,49 @@
+from typing import Any
+
+has_cuda: bool
+version: str
+
+def cpu_isa() -> str: ...
+def cpu_features() -> dict[str, bool]: ...
+def cuda_devices() -> list[dict[str, Any]]: ...
+def crc32c(data: Any) -> int: ...
+def plan(
+    token_ids: Any,
+    offsets: Any,
+    check_offsets: bool,
+    permutation: Any,
+    segment_tokens: Any,
+    segment_queries: Any,
+    segment_rows: Any,
+    num_segments: Any,
+    table_rows: Any,
+) -> None: ...
+def segmented_attention(
+    x: Any,
+    keys: Any,
+    values: Any,
+    permutation: Any,
+    segment_queries: Any,
+    segment_rows: Any,
+    num_segments: Any,
+    table_rows: Any,
+    scale: float,
+    num_threads: int,
+    y: Any,
+) -> None: ...
+def segmented_attention_backward(
+    dy: Any,
+    x: Any,
+    keys: Any,
+    values: Any,
+    permutation: Any,
+    segment_queries: Any,
+    segment_rows: Any,
+    num_segments: Any,
+    table_rows: Any,
+    scale: float,
+    num_threads: int,
+    dx: Any | None,
+    dkeys: Any | None,
+    dvalues: Any | None,
+) -> None: ...

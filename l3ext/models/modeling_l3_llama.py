@@ -1,0 +1,202 @@
+"""Llama with lookup layers: transformers' decoder layers, some followed by an L3 layer."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers import initialization as init
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.utils import cached_file
+
+from l3ext.allocation import Allocation
+from l3ext.models.configuration_l3_llama import L3LlamaConfig
+from l3ext.nn import L3Layer
+from l3ext.ops import Plan
+
+_ROWS = "l3_allocation_rows"
+_FREQUENCY = "l3_allocation_frequency"
+
+
+class L3LlamaDecoderLayer(LlamaDecoderLayer):
+    """A Llama decoder layer and the lookup layer that follows it: ``h + L3(h)``."""
+
+    def __init__(self, config: L3LlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        assert config.allocation is not None
+        self.l3_index = config.l3_layers.index(layer_idx + 1)
+        self.l3 = L3Layer(
+            config.hidden_size,
+            config.l3_d_emb,
+            config.l3_d_up,
+            config.allocation,
+            tied=config.l3_tied,
+            eps=config.rms_norm_eps,
+        )
+
+    def forward(self, hidden_states: Tensor, *args: Any, l3_step: Any, **kwargs: Any) -> Tensor:
+        """As the Llama layer's; ``l3_step`` is the step's plan or its fetch in progress."""
+        hidden_states = super().forward(hidden_states, *args, **kwargs)
+        if isinstance(l3_step, Plan):
+            return hidden_states + self.l3(hidden_states, plan=l3_step)
+        return hidden_states + self.l3(hidden_states, rows=l3_step.wait(self.l3_index))
+
+
+class L3LlamaMixin:
+    """What both classes need of transformers: initialisation and the allocation in checkpoints."""
+
+    _no_split_modules = ["LlamaDecoderLayer", "L3LlamaDecoderLayer"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, L3Layer):
+            if module.table is not None:
+                init.normal_(module.table, mean=0.0, std=self.config.initializer_range)
+            init.copy_(module.offsets, torch.tensor(module.allocation.offsets))
+        elif isinstance(module, L3LlamaModel):
+            module._fill_allocation()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As transformers'; the allocation comes out of the checkpoint's safetensors."""
+        path = pretrained_model_name_or_path
+        if config is None:
+            config = L3LlamaConfig.from_pretrained(path, **_hub_arguments(kwargs))
+        if path is not None and isinstance(config, L3LlamaConfig) and config.allocation is None:
+            config.allocation = _read_allocation(path, _hub_arguments(kwargs))
+        return super().from_pretrained(path, *args, config=config, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As transformers'. A model whose tables were moved out has nothing whole to save."""
+        for name, module in self.named_modules():
+            if isinstance(module, L3Layer) and module.table is None:
+                raise RuntimeError(
+                    f"{name}: its table has been moved out of the model by l3ext.offload; "
+                    "save the model before offloading it"
+                )
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class L3LlamaModel(L3LlamaMixin, LlamaModel):
+    """Llama's decoder with lookup layers; one plan a forward, shared by all of them."""
+
+    config: L3LlamaConfig
+    #: The prefetch runtime that serves the tables, once ``l3ext.offload`` has moved them out.
+    l3_runtime: Any = None
+
+    def __init__(self, config: L3LlamaConfig) -> None:
+        if config.allocation is None:
+            raise ValueError(
+                "config.allocation: expected an l3ext.Allocation, got None; a configuration read "
+                "from JSON has none: use from_pretrained, or set it"
+            )
+        super().__init__(config)
+        for layer in config.l3_layers:
+            self.layers[layer - 1] = L3LlamaDecoderLayer(config, layer - 1)
+        vocab = config.allocation.vocab_size
+        self.register_buffer(_ROWS, torch.empty(vocab, dtype=torch.int32))
+        self.register_buffer(_FREQUENCY, torch.empty(vocab, dtype=torch.int64))
+        self._fill_allocation()
+        self.post_init()
+
+    def _fill_allocation(self) -> None:
+        """Write the allocation into the buffers by which checkpoints carry it."""
+        allocation = self.config.allocation
+        assert allocation is not None
+        frequency = allocation.frequency
+        with torch.no_grad():
+            self.get_buffer(_ROWS).copy_(torch.tensor(allocation.rows))
+            if frequency is None:
+                self.get_buffer(_FREQUENCY).fill_(-1)
+            else:
+                self.get_buffer(_FREQUENCY).copy_(torch.tensor(frequency))
+
+    @property
+    def l3_layers(self) -> list[L3Layer]:
+        """The lookup layers, first to last."""
+        return [self.layers[layer - 1].l3 for layer in self.config.l3_layers]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        l3_token_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Llama's.
+
+        Args:
+            input_ids: integers [batch, sequence].
+            *args: as Llama's.
+            l3_token_ids: the ids that the lookup layers see, for callers that pass
+                ``inputs_embeds`` instead of ``input_ids``.
+            **kwargs: as Llama's.
+        """
+        if not self.config.l3_layers:
+            return super().forward(input_ids, *args, **kwargs)
+        token_ids = input_ids if l3_token_ids is None else l3_token_ids
+        if token_ids is None:
+            raise ValueError("inputs_embeds: lookup layers need token ids, pass l3_token_ids")
+        if self.l3_runtime is None:
+            step = self.l3_layers[0].plan(token_ids)
+            return super().forward(input_ids, *args, l3_step=step, **kwargs)
+        # Returns at once: the fetch runs while the layers before the first lookup layer do.
+        with self.l3_runtime.begin(token_ids) as step:
+            return super().forward(input_ids, *args, l3_step=step, **kwargs)
+
+
+class L3LlamaForCausalLM(L3LlamaMixin, LlamaForCausalLM):
+    """A causal language model with lookup layers; everything else is Llama's."""
+
+    config: L3LlamaConfig
+
+    def __init__(self, config: L3LlamaConfig) -> None:
+        # Llama's own constructor would build its decoder, only to be thrown away.
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = L3LlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _read_allocation(path: Any, hub_arguments: dict[str, Any]) -> Allocation:
+    """Read the allocation alone out of a checkpoint, before its model can be built."""
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        found = cached_file(
+            path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments
+        )
+        if found is None:
+            continue
+        for file in _shards(Path(found), path, hub_arguments):
+            with safe_open(file, framework="numpy") as tensors:
+                names = {key.rsplit(".", 1)[-1]: key for key in tensors.keys()}  # noqa: SIM118
+                if _ROWS not in names:
+                    continue
+                rows = tensors.get_tensor(names[_ROWS])
+                frequency = tensors.get_tensor(names[_FREQUENCY]) if _FREQUENCY in names else None
+            if frequency is not None and np.any(frequency < 0):
+                frequency = None
+            return Allocation.from_rows(rows, frequency=frequency)
+    raise OSError(f"{path}: expected a safetensors checkpoint that holds {_ROWS}, found none")
+
+
+def _shards(found: Path, path: Any, hub_arguments: dict[str, Any]) -> list[Path]:
+    if found.suffix != ".json":
+        return [found]
+    import json
+
+    index = json.loads(found.read_text())["weight_map"]
+    wanted = {file for key, file in index.items() if key.endswith((_ROWS, _FREQUENCY))}
+    return [Path(str(cached_file(path, file, **hub_arguments))) for file in sorted(wanted)]

@@ -1,0 +1,171 @@
+"""The layer: ``W_mix [RMSNorm(W_up a) ; x]`` around segmented attention ``a``."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from l3ext.allocation import Allocation
+from l3ext.ops import Plan, _as_ids, _plan, segmented_attention, table_attention
+
+_TABLE_GONE = (
+    "this layer's table has been moved out of the model by l3ext.offload: pass rows=, "
+    "or run the model, which fetches them"
+)
+
+
+class LayerRows(Protocol):
+    """One layer's rows of a step, as ``Step.wait`` of the prefetch runtime yields them."""
+
+    keys: Tensor  #: [rows, d_model], may be strided
+    values: Tensor  #: [rows, d_emb], may be strided
+    plan: Plan  #: of the step's tokens, over these rows
+
+
+class L3Layer(nn.Module):
+    """Large Lookup Layer (arXiv 2601.21461): every token id owns rows that its positions attend to.
+
+    Computes ``W_mix [RMSNorm_out(W_up a) ; x]`` with ``a`` the segmented attention of
+    ``RMSNorm_in(x)`` to the rows of each position's token. The caller adds the residual.
+
+    Args:
+        d_model: width of ``x`` and of the keys.
+        d_emb: width of the values.
+        d_up: width after the up-projection.
+        allocation: who owns how many rows; the vocabulary is its ``vocab_size``.
+        tied: values are the keys, half the bytes; needs ``d_emb == d_model``.
+        eps: of both norms.
+        device, dtype: of the parameters.
+
+    Attributes:
+        table: Parameter [v, d_model + d_emb], row-interleaved keys and values ([v, d_model] if
+            tied), initialised like every linear of a Llama: normal, std 0.02. None once offloaded.
+
+    Raises:
+        ValueError: a width below 1, or ``tied`` with ``d_emb != d_model``.
+    """
+
+    table: nn.Parameter | None
+    offsets: Tensor
+
+    def __init__(
+        self,
+        d_model: int,
+        d_emb: int,
+        d_up: int,
+        allocation: Allocation,
+        tied: bool = False,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, width in (("d_model", d_model), ("d_emb", d_emb), ("d_up", d_up)):
+            if width < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {width}")
+        if tied and d_emb != d_model:
+            raise ValueError(f"d_emb: a tied table needs d_emb == d_model = {d_model}, got {d_emb}")
+        if not isinstance(allocation, Allocation):
+            raise TypeError(
+                f"allocation: expected l3ext.Allocation, got {type(allocation).__name__}"
+            )
+        self.d_model, self.d_emb, self.d_up = d_model, d_emb, d_up
+        self.tied = tied
+        self.allocation = allocation
+        factory: Any = {"device": device, "dtype": dtype}
+        width = d_model if tied else d_model + d_emb
+        self.norm_in = nn.RMSNorm(d_model, eps=eps, **factory)
+        self.table = nn.Parameter(torch.empty(allocation.total_rows, width, **factory))
+        self.up = nn.Linear(d_emb, d_up, bias=False, **factory)
+        self.norm_out = nn.RMSNorm(d_up, eps=eps, **factory)
+        self.mix = nn.Linear(d_up + d_model, d_model, bias=False, **factory)
+        # Not in the state dict: it follows from the allocation, which the owner of the layer saves.
+        offsets = torch.empty(allocation.vocab_size + 1, dtype=torch.int64, device=device)
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw table and projections from a normal distribution; set both norms to 1.
+
+        Also fills ``offsets``: call it after ``to_empty`` of a layer made on the meta device.
+        """
+        with torch.no_grad():
+            self.offsets.copy_(torch.tensor(self.allocation.offsets))
+        if self.table is not None:
+            nn.init.normal_(self.table, std=std)
+        nn.init.normal_(self.up.weight, std=std)
+        nn.init.normal_(self.mix.weight, std=std)
+        nn.init.ones_(self.norm_in.weight)
+        nn.init.ones_(self.norm_out.weight)
+
+    def plan(self, token_ids: Tensor) -> Plan:
+        """The plan of these token ids, for all layers with this allocation."""
+        return _plan(_as_ids(token_ids), self.offsets, check_offsets=False)
+
+    def release_table(self) -> Tensor:
+        """Take the table [v, width] out of the module, which from then on needs ``rows=``."""
+        if self.table is None:
+            raise RuntimeError(_TABLE_GONE)
+        table = self.table.detach()
+        self.table = None
+        return table
+
+    def restore_table(self, table: Tensor) -> None:
+        """Put back what :meth:`release_table` took."""
+        self.table = nn.Parameter(table)
+
+    def forward(
+        self,
+        x: Tensor,
+        token_ids: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+        rows: LayerRows | None = None,
+    ) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., d_model], one position per token id.
+            token_ids: integers, shape of ``x`` without its last dimension; or
+            plan: their plan; or
+            rows: fetched rows with their plan.
+
+        Returns:
+            [..., d_model], dtype of ``x``.
+        """
+        if sum(given is not None for given in (token_ids, plan, rows)) != 1:
+            raise ValueError("expected exactly one of token_ids, plan and rows")
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"x: expected {self.d_model} in the last dimension, got {x.shape[-1]}")
+        if token_ids is not None:
+            if token_ids.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"token_ids: expected shape {list(x.shape[:-1])}, got {list(token_ids.shape)}"
+                )
+            plan = self.plan(token_ids)
+        # Under autocast x is bfloat16 and the parameters are float32: the norms stay in float32.
+        q = self.norm_in(x.to(self.norm_in.weight.dtype)).reshape(-1, self.d_model)
+        up = self.up(self._attend(q, plan, rows).to(self.up.weight.dtype))
+        up = self.norm_out(up.to(self.norm_out.weight.dtype))
+        return self.mix(torch.cat([up.view(*x.shape[:-1], self.d_up).to(x.dtype), x], dim=-1))
+
+    def _attend(self, q: Tensor, plan: Plan | None, rows: LayerRows | None) -> Tensor:
+        # The queries take the table's dtype (under autocast they may differ), never the reverse:
+        # that would copy the table.
+        if rows is not None:
+            return segmented_attention(q.to(rows.keys.dtype), rows.keys, rows.values, rows.plan)
+        if self.table is None:
+            raise RuntimeError(_TABLE_GONE)
+        assert plan is not None
+        return table_attention(q.to(self.table.dtype), self.table, plan, tied=self.tied)
+
+    def extra_repr(self) -> str:
+        """Sizes, as ``repr`` of the module shows them."""
+        return (
+            f"d_model={self.d_model}, d_emb={self.d_emb}, d_up={self.d_up}, tied={self.tied}, "
+            f"vocab={self.allocation.vocab_size}, rows={self.allocation.total_rows}, "
+            f"max_rows={self.allocation.max_rows}"
+        )
