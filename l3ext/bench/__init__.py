@@ -1,0 +1,1 @@
+"""Measurements behind ``l3ext bench``."""

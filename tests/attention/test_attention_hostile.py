@@ -1,0 +1,147 @@
+"""What the caller got wrong is said: what was expected, what came, which argument."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import l3ext
+from l3ext.ops import table_attention
+
+OFFSETS = torch.tensor([0, 2, 5])
+
+
+def inputs():
+    table = torch.randn(5, 12)
+    return torch.randn(3, 8), table[:, :8], table[:, 8:], l3ext.plan([0, 1, 1], OFFSETS)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0, 1, 2], r"token_ids: expected ids in \[0, 2\), got 2 at position 2"),
+        ([0, -1, 1], r"token_ids: expected ids in \[0, 2\), got -1 at position 1"),
+        (torch.tensor([1, 2**31], dtype=torch.int64), "got 2147483648 at position 1"),
+        (torch.tensor([[0, 1], [5, 0]], dtype=torch.int32), "got 5 at position 2"),
+    ],
+)
+def test_ids_out_of_range(ids, message):
+    with pytest.raises(ValueError, match=message):
+        l3ext.plan(ids, OFFSETS)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([0.0]), torch.tensor([True]), [0.5]])
+def test_ids_that_are_no_integers(ids):
+    with pytest.raises(TypeError, match="token_ids: expected an integer dtype"):
+        l3ext.plan(ids, OFFSETS)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error", "message"),
+    [
+        (torch.tensor([1, 2, 5]), ValueError, "offsets: expected to start at 0, got 1"),
+        (torch.tensor([0, 3, 2]), ValueError, "expected never to fall, got 2 after 3 at index 2"),
+        (torch.tensor([0, 2, 5], dtype=torch.int32), TypeError, "offsets: expected int64"),
+        (torch.tensor([[0, 2, 5]]), ValueError, r"expected shape \[V\+1\]"),
+        (torch.tensor([], dtype=torch.int64), ValueError, r"expected shape \[V\+1\]"),
+    ],
+)
+def test_offsets(offsets, error, message):
+    with pytest.raises(error, match=message):
+        l3ext.plan([0], offsets)
+
+
+def test_offsets_that_do_not_end_at_the_table_s_rows():
+    x, keys, values, plan = inputs()
+    with pytest.raises(ValueError, match="keys: expected 5 rows, as many as the offsets end at"):
+        l3ext.segmented_attention(x, keys[:4], values[:4], plan)
+    longer = torch.randn(6, 12)
+    with pytest.raises(ValueError, match="got 6"):
+        l3ext.segmented_attention(x, longer[:, :8], longer[:, 8:], plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.randn(4, 8)}, ValueError, "x: expected 3 rows"),
+        ({"x": torch.randn(3, 7)}, ValueError, "keys: expected 7 columns"),
+        ({"x": torch.randn(3, 8, 1)}, ValueError, "x: expected a matrix"),
+        ({"x": torch.ones(3, 8, dtype=torch.int64)}, TypeError, "x: expected float64"),
+        ({"x": [[0.0] * 8] * 3}, TypeError, "x: expected a torch.Tensor, got list"),
+        ({"x": torch.randn(3, 8).double()}, TypeError, "keys: expected torch.float64"),
+        ({"values": torch.randn(4, 4)}, ValueError, "values: expected 5 rows"),
+        ({"values": torch.randn(5, 4).half()}, TypeError, "values: expected torch.float32"),
+        ({"plan": (1, 2)}, TypeError, "plan: expected l3ext.Plan, got tuple"),
+        ({"x": torch.randn(3, 8, device="meta")}, RuntimeError, "device"),
+    ],
+)
+def test_wrong_operands(change, error, message):
+    arguments = dict(zip(("x", "keys", "values", "plan"), inputs(), strict=True)) | change
+    with pytest.raises(error, match=message):
+        l3ext.segmented_attention(**arguments)
+
+
+def test_table_widths():
+    x, _, _, plan = inputs()
+    with pytest.raises(ValueError, match="table: expected more than 8 columns, got 8"):
+        table_attention(x, torch.randn(5, 8), plan, tied=False)
+    with pytest.raises(ValueError, match="table: expected 8 columns, got 12"):
+        table_attention(x, torch.randn(5, 12), plan, tied=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("segment_rows", torch.tensor([[0, 2], [2, 6], [0, 0]]), "segment 1 needs rows 2..6"),
+        ("segment_rows", torch.tensor([[-1, 2], [2, 5], [0, 0]]), "segment 0 needs rows -1..2"),
+        ("segment_rows", torch.tensor([[2, 0], [2, 5], [0, 0]]), "segment 0 needs rows 2..0"),
+        ("segment_rows", torch.zeros(1, 2, dtype=torch.int64), "expected 2 segments or more"),
+        ("segment_rows", torch.zeros(3, 2), "plan.segment_rows: expected int64"),
+        ("permutation", torch.tensor([0, 3, 1], dtype=torch.int32), "got 3 at sorted position 1"),
+        ("permutation", torch.tensor([0, -1, 1], dtype=torch.int32), "got -1"),
+        ("segment_queries", torch.tensor([0, 9, 9, 9], dtype=torch.int32), "segment 1 has no"),
+        ("segment_queries", torch.tensor([1, 2, 3, 3], dtype=torch.int32), "segment 0 has no"),
+        ("num_segments", torch.tensor([7], dtype=torch.int32), "expected 7 segments or more"),
+        ("num_segments", torch.tensor([-1], dtype=torch.int32), "expected 0 to 3 segments"),
+        ("num_segments", torch.tensor([1], dtype=torch.int32), "expected segments of 3 queries"),
+    ],
+)
+def test_a_plan_that_was_tampered_with_touches_no_memory(field, value, message):
+    x, keys, values, plan = inputs()
+    with pytest.raises((ValueError, TypeError), match=message):
+        l3ext.segmented_attention(x, keys, values, dataclasses.replace(plan, **{field: value}))
+
+
+def test_row_gradients_refuse_overlapping_segments():
+    x, keys, values, plan = inputs()
+    moved = plan.with_rows(torch.tensor([[0, 2], [1, 4]]))
+    y = l3ext.segmented_attention(x, keys.clone().requires_grad_(), values, moved)
+    with pytest.raises(ValueError, match="row gradients need segments with ascending rows"):
+        y.sum().backward()
+
+
+def test_frozen_tables_get_no_gradient_and_overlap_is_fine():
+    x, keys, values, plan = inputs()
+    x.requires_grad_()
+    moved = plan.with_rows(torch.tensor([[0, 2], [1, 4]]))
+    l3ext.segmented_attention(x, keys, values, moved).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("sse9", 'expected "baseline", "avx2" or "avx512", got "sse9"')],
+)
+def test_an_unknown_instruction_set_is_refused(value, message):
+    code = "import l3ext, torch; l3ext._C.cpu_isa()"
+    environment = {**os.environ, "L3EXT_CPU_ISA": value}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert f"ValueError: L3EXT_CPU_ISA: {message}" in result.stderr

@@ -1,0 +1,128 @@
+"""The operators as torch sees them: opcheck, gradcheck, compile, every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import l3ext
+from l3ext.ops import table_attention
+from tests import reference
+
+
+def step(dtype=torch.float64, tokens=9, d_in=5, d_emb=3):
+    x, table, offsets, ids = reference.make_step([1, 2, 4, 3], tokens, d_in, d_emb, dtype)
+    return x, table, offsets, ids
+
+
+def test_opcheck_plan():
+    _, _, offsets, ids = step()
+    torch.library.opcheck(torch.ops.l3ext.plan.default, (ids, offsets, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck_attention(dtype):
+    x, table, offsets, ids = step(dtype)
+    arrays = l3ext.plan(ids, offsets)._arrays()
+    keys, values = table[:, :5].contiguous(), table[:, 5:].contiguous()
+    for tensor in (x, keys, values, table):
+        tensor.requires_grad_()
+    torch.library.opcheck(
+        torch.ops.l3ext.segmented_attention.default, (x, keys, values, *arrays, 0.7)
+    )
+    torch.library.opcheck(
+        torch.ops.l3ext.table_attention.default, (x, table, 5, False, *arrays, 0.7)
+    )
+
+
+def test_opcheck_backward():
+    x, table, offsets, ids = step()
+    arrays = l3ext.plan(ids, offsets)._arrays()
+    dy = torch.randn(9, 3, dtype=torch.float64)
+    for wants in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(
+            torch.ops.l3ext.segmented_attention_backward.default,
+            (dy, x, table[:, :5], table[:, 5:], *arrays, 1.0, *wants),
+        )
+        torch.library.opcheck(
+            torch.ops.l3ext.table_attention_backward.default,
+            (dy, x, table, 5, False, *arrays, 1.0, *wants),
+        )
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.6])
+def test_gradcheck(scale):
+    x, table, offsets, ids = step()
+    plan = l3ext.plan(ids, offsets)
+    keys, values = table[:, :5].clone(), table[:, 5:].clone()
+    operands = [t.requires_grad_() for t in (x, keys, values)]
+    assert torch.autograd.gradcheck(
+        lambda *t: l3ext.segmented_attention(*t, plan, scale), operands
+    )
+    table = table.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda a, b: table_attention(a, b, plan, tied=False, scale=scale), [x, table]
+    )
+    square = torch.randn(10, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda a, b: l3ext.segmented_attention(a, b, b, plan, scale), [x, square]
+    )
+
+
+def test_compile_without_graph_breaks():
+    x, table, offsets, ids = step(torch.float32, tokens=40, d_in=16, d_emb=8)
+    x.requires_grad_()
+    table.requires_grad_()
+
+    def model(x, table, ids):
+        plan = l3ext.plan(ids, offsets)
+        return (table_attention(x * 2, table, plan, tied=False) ** 2).sum()
+
+    model(x, table, ids).backward()
+    want = x.grad.clone(), table.grad.clone()
+    compiled = torch.compile(model, fullgraph=True)
+    for order in (ids, ids.flip(0), ids):  # other ids, same graph: nothing is baked in
+        x.grad = table.grad = None
+        compiled(x, table, order).backward()
+    torch.testing.assert_close(x.grad, want[0])
+    torch.testing.assert_close(table.grad, want[1])
+
+
+SCRIPT = """
+import torch, l3ext, sys
+from tests import reference
+rows = [1, 2, 3, 5, 8, 17, 40]
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for d_in, d_emb in ((64, 32), (37, 19)):
+        x, table, offsets, ids = reference.make_step(rows, 90, d_in, d_emb, dtype)
+        x.requires_grad_(); table.requires_grad_()
+        plan = l3ext.plan(ids, offsets)
+        y = l3ext.segmented_attention(x, table[:, :d_in], table[:, d_in:], plan)
+        y.sum().backward()
+        x64 = x.detach().double().requires_grad_(); t64 = table.detach().double().requires_grad_()
+        want = reference.segmented_attention(x64, t64[:, :d_in], t64[:, d_in:], ids, offsets)
+        want.sum().backward()
+        reference.assert_close(y.detach(), want.detach(), f"y {dtype}")
+        reference.assert_close(x.grad, x64.grad, f"dx {dtype}", factor=4)
+        reference.assert_close(table.grad, t64.grad, f"dtable {dtype}", factor=4)
+print(l3ext._C.cpu_isa())
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_that_this_machine_runs(isa):
+    features = l3ext._C.cpu_features()
+    if isa != "baseline" and not features[isa]:
+        pytest.skip(f"this processor has no {isa}: avx kernels need one that does")
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "L3EXT_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == isa
