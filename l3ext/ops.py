@@ -7,6 +7,7 @@ fake for tracing, and the derivative. Outputs are allocated here; the native sid
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,24 +122,15 @@ def _as_ids(token_ids: Any) -> Tensor:
 
 
 def _as_offsets(offsets: Any) -> Tensor:
-    if isinstance(offsets, np.ndarray) and not offsets.flags.writeable:
-        offsets = offsets.view()  # torch warns of read-only arrays, which the plan only reads
-        tensor = torch.from_dlpack(offsets) if offsets.flags.writeable else _borrow(offsets)
-    else:
+    with warnings.catch_warnings():
+        # An allocation's arrays are read-only, of which torch warns; the plan only reads them.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
         tensor = torch.as_tensor(offsets)
     if tensor.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, got {tensor.dtype}")
     if tensor.ndim != 1 or tensor.shape[0] < 1:
         raise ValueError(f"offsets: expected shape [V+1], got {list(tensor.shape)}")
     return tensor
-
-
-def _borrow(array: np.ndarray) -> Tensor:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
 
 
 def _check_device(tensor: Tensor, argument: str) -> None:
@@ -280,7 +272,9 @@ def _forward_cpu(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
     *arrays, scale = rest
     y = x.new_empty(x.shape[0], values.shape[1])
     threads = torch.get_num_threads()
-    _C.segmented_attention(_rows(x), _rows(keys), _rows(values), *arrays, scale, threads, y)
+    _C.segmented_attention(
+        _rows(x), _rows(keys), _rows(values), *arrays, scale=scale, num_threads=threads, y=y
+    )
     return y
 
 
@@ -304,15 +298,29 @@ def _backward_cpu_into(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    arrays: Sequence[Tensor],
+    arrays: Any,
     scale: float,
     dx: Tensor | None,
     dkeys: Tensor | None,
     dvalues: Tensor | None,
 ) -> None:
-    inputs = (_rows(dy), _rows(x), _rows(keys), _rows(values))
-    threads = torch.get_num_threads()
-    _C.segmented_attention_backward(*inputs, *arrays, scale, threads, dx, dkeys, dvalues)
+    permutation, segment_queries, segment_rows, num_segments, table_rows = arrays
+    _C.segmented_attention_backward(
+        _rows(dy),
+        _rows(x),
+        _rows(keys),
+        _rows(values),
+        permutation,
+        segment_queries,
+        segment_rows,
+        num_segments,
+        table_rows,
+        scale,
+        torch.get_num_threads(),
+        dx,
+        dkeys,
+        dvalues,
+    )
 
 
 @torch.library.impl(_library, "segmented_attention_backward", "CPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,12 @@ def floor_seconds(
     return moved / bandwidth, 2 * int(count.sum()) * width / gemm
 
 
+def _call_peer(
+    function: Callable[..., Tensor], x: Tensor, offsets: Tensor, table: Tensor, step: Tensor
+) -> Tensor:
+    return function(x, step, offsets, table)
+
+
 def run(
     workload: Workload,
     dtype: torch.dtype,
@@ -101,9 +108,10 @@ def run(
     candidates = {"l3ext": with_run_number(ours)}
     errors = {"l3ext": 0.0}
     for name, function in functions.items():
-        difference = function(x, steps[0], offsets, table).float() - expected
+        peer = functools.partial(_call_peer, function, x, offsets, table)
+        difference = peer(steps[0]).float() - expected
         errors[name] = float(difference.abs().max() / expected.abs().max())
-        candidates[name] = with_run_number(lambda s, f=function: f(x, s, offsets, table))
+        candidates[name] = with_run_number(peer)
     candidates["plan alone"] = with_run_number(lambda step: l3ext.plan(step, offsets))
 
     bandwidth, gemm = timing.read_bandwidth(), timing.gemm_rate(dtype)

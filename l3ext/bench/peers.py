@@ -71,9 +71,7 @@ def segment_loop(x: Tensor, token_ids: Tensor, offsets: Tensor, table: Tensor) -
     for m, r, d in zip(queries.tolist(), first.tolist(), count.tolist(), strict=True):
         rows = table[r : r + d]
         scores = (sorted_x[q : q + m] @ rows[:, :d_in].T).float()
-        torch.mm(
-            torch.softmax(scores, dim=-1).to(x.dtype), rows[:, d_in:], out=sorted_y[q : q + m]
-        )
+        torch.mm(torch.softmax(scores, dim=-1).to(x.dtype), rows[:, d_in:], out=sorted_y[q : q + m])
         q += m
     y = torch.empty_like(sorted_y)
     y[order] = sorted_y

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaPreTrainedModel
 from transformers.utils import cached_file
 
 from l3ext.allocation import Allocation
@@ -46,9 +46,10 @@ class L3LlamaDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.l3(hidden_states, rows=l3_step.wait(self.l3_index))
 
 
-class L3LlamaMixin:
+class L3LlamaPreTrainedModel(LlamaPreTrainedModel):
     """What both classes need of transformers: initialisation and the allocation in checkpoints."""
 
+    config: L3LlamaConfig
     _no_split_modules = ["LlamaDecoderLayer", "L3LlamaDecoderLayer"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -84,10 +85,9 @@ class L3LlamaMixin:
         super().save_pretrained(save_directory, **kwargs)
 
 
-class L3LlamaModel(L3LlamaMixin, LlamaModel):
+class L3LlamaModel(L3LlamaPreTrainedModel, LlamaModel):
     """Llama's decoder with lookup layers; one plan a forward, shared by all of them."""
 
-    config: L3LlamaConfig
     #: The prefetch runtime that serves the tables, once ``l3ext.offload`` has moved them out.
     l3_runtime: Any = None
 
@@ -152,10 +152,8 @@ class L3LlamaModel(L3LlamaMixin, LlamaModel):
             return super().forward(input_ids, *args, l3_step=step, **kwargs)
 
 
-class L3LlamaForCausalLM(L3LlamaMixin, LlamaForCausalLM):
+class L3LlamaForCausalLM(L3LlamaPreTrainedModel, LlamaForCausalLM):
     """A causal language model with lookup layers; everything else is Llama's."""
-
-    config: L3LlamaConfig
 
     def __init__(self, config: L3LlamaConfig) -> None:
         # Llama's own constructor would build its decoder, only to be thrown away.

@@ -60,9 +60,7 @@ def test_gradcheck(scale):
     plan = l3ext.plan(ids, offsets)
     keys, values = table[:, :5].clone(), table[:, 5:].clone()
     operands = [t.requires_grad_() for t in (x, keys, values)]
-    assert torch.autograd.gradcheck(
-        lambda *t: l3ext.segmented_attention(*t, plan, scale), operands
-    )
+    assert torch.autograd.gradcheck(lambda *t: l3ext.segmented_attention(*t, plan, scale), operands)
     table = table.clone().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda a, b: table_attention(a, b, plan, tied=False, scale=scale), [x, table]

@@ -1,0 +1,93 @@
+# Everything a contributor runs. `make` alone lists the targets.
+# Needs: python3 with venv, a C++20 compiler, make. The rest goes into .venv.
+
+PYTHON ?= python3
+# One fixed torch: an open range would follow every release. Any torch >= 2.9 works.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+# The CUDA parts are compiled where a GPU is, or where CUDA=ON asks for them.
+CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
+BENCHMARKS := $(if $(wildcard /usr/include/benchmark/benchmark.h /usr/local/include/benchmark/benchmark.h),ON,OFF)
+JOBS ?= $(shell nproc)
+NATIVE := CMakeLists.txt pyproject.toml setup.py $(shell find csrc cmake -type f)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export SKBUILD_CMAKE_DEFINE := L3EXT_CUDA=$(CUDA)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+
+.PHONY: help develop test test-cpp test-python demo lint sanitize sanitize-thread bench cuda-all clean
+
+help:
+	@echo "make develop          set up .venv with this package, editable, and all it needs"
+	@echo "make demo             the whole main job on real text: make demo TEXT=file for your own"
+	@echo "make test             C++ and Python tests"
+	@echo "make lint             formatting, linters and type checks"
+	@echo "make sanitize         C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sanitize-thread  the prefetch runtime's C++ tests under ThreadSanitizer"
+	@echo "make bench            C++ micro-benchmarks (needs libbenchmark-dev)"
+	@echo "make clean            remove everything that make made"
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	@touch $@
+
+# Into the source tree: Python changes need no reinstall, native changes rebuild here.
+$(VENV)/.develop: $(VENV)/.torch $(NATIVE)
+	$(BIN)/pip install -q -e ".[test]"
+	@touch $@
+
+develop: $(VENV)/.develop
+
+$(VENV)/.cmake: $(VENV)/.torch
+	$(BIN)/pip install -q "cmake>=3.25" ninja
+	@touch $@
+
+# $(1): build folder, $(2): further CMake options
+define configure
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DL3EXT_CUDA=$(CUDA) $(2) >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
+endef
+
+test-cpp: $(VENV)/.cmake
+	$(call configure,build/cpp,-DL3EXT_TESTS=ON -DL3EXT_BENCHMARKS=$(BENCHMARKS))
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+test-python: $(VENV)/.develop
+	$(BIN)/python -m pytest
+
+test: test-cpp test-python
+
+demo: $(VENV)/.develop
+	$(BIN)/python scripts/demo $(if $(TEXT),--text "$(TEXT)")
+
+$(VENV)/.lint: $(VENV)/.develop $(VENV)/.cmake
+	$(BIN)/pip install -q pre-commit==4.7.0 mypy==2.4.1
+	@touch $@
+
+lint: $(VENV)/.lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DL3EXT_CUDA=OFF -DL3EXT_TESTS=ON \
+	  -DSKBUILD=ON -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+sanitize: $(VENV)/.cmake
+	$(call configure,build/sanitize,-DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address$(comma)undefined -fno-sanitize-recover=all")
+	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# OpenMP's barriers are invisible to ThreadSanitizer: the attention tests are left out.
+sanitize-thread: $(VENV)/.cmake
+	$(call configure,build/sanitize-thread,-DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=thread")
+	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure -R "runtime|lzw"
+
+bench: $(VENV)/.cmake
+	$(call configure,build/cpp,-DL3EXT_BENCHMARKS=ON)
+	for program in build/cpp/benchmarks/bench_*; do $$program || exit 1; done
+
+clean:
+	rm -rf build $(VENV) demo-out l3ext/_C.*.so *.egg-info
+
+comma := ,

@@ -1,0 +1,188 @@
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "attention/cpu/schedule.hpp"
+#include "attention/plan.hpp"
+#include "attention/segmented_attention.hpp"
+#include "check.hpp"
+#include "core/error.hpp"
+
+using l3ext::DType;
+using l3ext::Error;
+
+namespace {
+
+// A step with all its buffers exactly as large as needed: a sanitizer sees any over-read.
+struct Step {
+  std::vector<int64_t> ids;
+  std::vector<int64_t> offsets;
+  int64_t d_in, d_emb;
+  std::vector<float> x, table, y;
+  std::vector<int32_t> permutation, tokens, queries;
+  std::vector<int64_t> rows;
+  int32_t num_segments = 0;
+  int64_t table_rows = 0;
+
+  Step(std::vector<int64_t> rows_owned, int64_t num_tokens, int64_t in, int64_t emb)
+      : d_in(in), d_emb(emb) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    offsets.push_back(0);
+    for (const int64_t count : rows_owned) offsets.push_back(offsets.back() + count);
+    for (int64_t i = 0; i < num_tokens; ++i) {
+      ids.push_back(static_cast<int64_t>(random() % rows_owned.size()));
+    }
+    x.resize(num_tokens * d_in);
+    table.resize(offsets.back() * (d_in + d_emb));
+    y.resize(num_tokens * d_emb, NAN);
+    for (float& value : x) value = normal(random);
+    for (float& value : table) value = normal(random) / std::sqrt(static_cast<float>(d_in));
+    permutation.resize(num_tokens);
+    tokens.resize(num_tokens);
+    queries.resize(num_tokens + 1);
+    rows.resize(2 * num_tokens);
+    l3ext::PlanParams params;
+    params.token_ids = ids.data();
+    params.num_tokens = num_tokens;
+    params.offsets = offsets.data();
+    params.vocab_size = static_cast<int64_t>(rows_owned.size());
+    params.permutation = permutation.data();
+    params.segment_tokens = tokens.data();
+    params.segment_queries = queries.data();
+    params.segment_rows = rows.data();
+    params.num_segments = &num_segments;
+    params.table_rows = &table_rows;
+    l3ext::plan(params);
+  }
+
+  l3ext::PlanView view() const {
+    return {permutation.data(), queries.data(), rows.data(), static_cast<int64_t>(ids.size()),
+            num_segments};
+  }
+
+  l3ext::SegmentedAttentionParams forward(int threads) {
+    l3ext::SegmentedAttentionParams params;
+    params.x = {x.data(), d_in};
+    params.keys = {table.data(), d_in + d_emb};
+    params.values = {table.data() + d_in, d_in + d_emb};
+    params.y = {y.data(), d_emb};
+    params.plan = view();
+    params.table_rows = table_rows;
+    params.d_in = d_in;
+    params.d_emb = d_emb;
+    params.num_threads = threads;
+    return params;
+  }
+
+  std::vector<double> reference() const {
+    std::vector<double> expected(y.size());
+    const int64_t width = d_in + d_emb;
+    for (size_t i = 0; i < ids.size(); ++i) {
+      const int64_t begin = offsets[ids[i]], end = offsets[ids[i] + 1];
+      std::vector<double> weights;
+      double sum = 0;
+      for (int64_t r = begin; r < end; ++r) {
+        double score = 0;
+        for (int64_t k = 0; k < d_in; ++k) score += double{x[i * d_in + k]} * table[r * width + k];
+        weights.push_back(std::exp(score));
+        sum += weights.back();
+      }
+      for (int64_t r = begin; r < end; ++r) {
+        for (int64_t c = 0; c < d_emb; ++c) {
+          expected[i * d_emb + c] += weights[r - begin] / sum * table[r * width + d_in + c];
+        }
+      }
+    }
+    return expected;
+  }
+};
+
+void forward_matches_float64_for_any_thread_count() {
+  for (const int64_t tokens : {1, 6, 70, 400}) {
+    Step step({1, 2, 3, 8, 13, 40, 100}, tokens, 37, 21);
+    const std::vector<double> expected = step.reference();
+    std::vector<float> first;
+    for (const int threads : {1, 2, 5}) {
+      std::fill(step.y.begin(), step.y.end(), NAN);
+      l3ext::segmented_attention(step.forward(threads));
+      double worst = 0;
+      for (size_t i = 0; i < expected.size(); ++i) {
+        worst = std::max(worst, std::abs(step.y[i] - expected[i]));
+      }
+      EXPECT(worst < 1e-5);
+      if (first.empty()) first = step.y;
+      EXPECT(std::memcmp(first.data(), step.y.data(), first.size() * sizeof(float)) == 0);
+    }
+  }
+}
+
+void backward_writes_every_row_and_the_weights_sum_to_one() {
+  Step step({2, 1, 5, 64, 3}, 50, 19, 11);
+  const int64_t width = step.d_in + step.d_emb;
+  std::vector<float> dy(step.y.size(), 1.0f), dx(step.x.size(), NAN),
+      dtable(step.table.size(), NAN);
+  l3ext::SegmentedAttentionBackwardParams params;
+  params.x = {step.x.data(), step.d_in};
+  params.keys = {step.table.data(), width};
+  params.values = {step.table.data() + step.d_in, width};
+  params.dy = {dy.data(), step.d_emb};
+  params.dx = {dx.data(), step.d_in};
+  params.dkeys = {dtable.data(), width};
+  params.dvalues = {dtable.data() + step.d_in, width};
+  params.plan = step.view();
+  params.table_rows = step.table_rows;
+  params.d_in = step.d_in;
+  params.d_emb = step.d_emb;
+  params.num_threads = 2;
+  l3ext::segmented_attention_backward(params);
+  bool finite = true;
+  for (const float value : dtable) finite = finite && std::isfinite(value);
+  for (const float value : dx) finite = finite && std::isfinite(value);
+  EXPECT(finite);
+  // Softmax weights of a query sum to 1: with dy = 1 so do its value gradients, per column.
+  double sum = 0;
+  for (int64_t r = 0; r < step.table_rows; ++r) sum += dtable[r * width + step.d_in];
+  EXPECT(std::abs(sum - 50) < 1e-3);
+}
+
+void units_cover_every_query_once() {
+  Step step({1, 300, 7}, 500, 64, 8);
+  for (const bool whole : {false, true}) {
+    const auto units = l3ext::cpu::make_units(step.view(), step.d_in, whole);
+    int64_t next = 0;
+    for (const auto& unit : units) {
+      EXPECT(unit.query_begin == next);
+      next = unit.query_end;
+      EXPECT(whole || unit.queries() <= l3ext::cpu::unit_queries(unit.rows(), step.d_in));
+    }
+    EXPECT(next == 500);
+    const auto order = l3ext::cpu::longest_first(units);
+    const auto cost = [&](int32_t i) { return units[i].rows() * (8 + units[i].queries()); };
+    for (size_t i = 1; i < order.size(); ++i) EXPECT(cost(order[i - 1]) >= cost(order[i]));
+  }
+  EXPECT(l3ext::cpu::unit_queries(512, 1024) > 0);
+  EXPECT(l3ext::cpu::unit_queries(1'000'000'000, 8192) > 0);
+}
+
+void a_plan_that_does_not_fit_writes_nothing() {
+  Step step({2, 3}, 4, 8, 4);
+  auto params = step.forward(1);
+  params.table_rows = 4;
+  const std::string message = EXPECT_THROWS(Error, l3ext::segmented_attention(params));
+  EXPECT(message.find("of a table of 4 rows") != std::string::npos);
+  EXPECT(std::isnan(step.y[0]));
+}
+
+}  // namespace
+
+int main() {
+  RUN(forward_matches_float64_for_any_thread_count);
+  RUN(backward_writes_every_row_and_the_weights_sum_to_one);
+  RUN(units_cover_every_query_once);
+  RUN(a_plan_that_does_not_fit_writes_nothing);
+  return check::failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,147 @@
+"""L3Layer against the formula, and its errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import l3ext
+from l3ext import Allocation
+from l3ext.nn import L3Layer
+from tests import reference
+
+ROWS = np.array([1, 4, 2, 7, 1, 3])
+
+
+def make_layer(tied=False, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    d_emb = 16 if tied else 12
+    return L3Layer(16, d_emb, 20, Allocation.from_rows(ROWS), tied=tied, dtype=dtype, **options)
+
+
+def rms_norm(x, weight, eps):
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def formula(layer, x, token_ids):
+    """W_mix [RMSNorm_out(W_up a) ; x], position by position."""
+    flat = x.reshape(-1, layer.d_model)
+    keys = layer.table[:, : layer.d_model]
+    values = layer.table if layer.tied else layer.table[:, layer.d_model :]
+    q = rms_norm(flat, layer.norm_in.weight, layer.norm_in.eps)
+    a = reference.segmented_attention(q, keys, values, token_ids, layer.offsets)
+    up = rms_norm(a @ layer.up.weight.T, layer.norm_out.weight, layer.norm_out.eps)
+    return (torch.cat([up, flat], -1) @ layer.mix.weight.T).reshape(x.shape)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_is_the_formula(tied):
+    layer = make_layer(tied)
+    with torch.no_grad():  # weights that a missing factor would show in
+        layer.norm_in.weight.uniform_(0.5, 2)
+        layer.norm_out.weight.uniform_(0.5, 2)
+        layer.table.mul_(30)
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, len(ROWS), (2, 9))
+    out = layer(x, ids)
+    reference.assert_close(out.detach(), formula(layer, x, ids).detach(), "out")
+    parameters = [x, *layer.parameters()]
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, parameters, upstream)
+    want = torch.autograd.grad(formula(layer, x, ids), parameters, upstream)
+    for a, b in zip(got, want, strict=True):
+        reference.assert_close(a, b, "gradient", factor=10)
+
+
+def test_a_shared_plan_and_fetched_rows_give_the_same_bits():
+    layer = make_layer(dtype=torch.bfloat16)
+    x = torch.randn(1, 30, 16, dtype=torch.bfloat16)
+    ids = torch.randint(0, len(ROWS), (1, 30))
+    plan = l3ext.plan(ids, layer.allocation.offsets)
+    out = layer(x, ids)
+    assert torch.equal(out, layer(x, plan=plan))
+    table = layer.release_table()
+
+    class Rows:
+        keys, values = table[:, :16], table[:, 16:]
+
+    Rows.plan = plan
+    assert layer.table is None
+    assert torch.equal(out, layer(x, rows=Rows))
+    with pytest.raises(RuntimeError, match="moved out of the model"):
+        layer(x, ids)
+    layer.restore_table(table)
+    assert torch.equal(out, layer(x, ids))
+
+
+def test_initialisation_is_a_llama_linear_s():
+    torch.manual_seed(0)
+    layer = L3Layer(64, 64, 128, Allocation.uniform(500, 2000))
+    for weight in (layer.table, layer.up.weight, layer.mix.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(weight.mean().item()) < 1e-3
+    assert (layer.norm_in.weight == 1).all()
+    assert (layer.norm_out.weight == 1).all()
+
+
+def test_meta_device_then_materialised():
+    layer = make_layer(device="meta", dtype=torch.float32)
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    out = layer(torch.randn(3, 16), torch.tensor([0, 3, 5]))
+    assert torch.isfinite(out).all()
+
+
+def test_autocast_keeps_the_table_in_float32():
+    layer = make_layer(dtype=torch.float32)
+    x = torch.randn(2, 5, 16)
+    ids = torch.randint(0, len(ROWS), (2, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x, ids)
+    out.float().sum().backward()
+    assert layer.table.grad.dtype == torch.float32
+    reference.assert_close(out.float(), layer(x, ids).detach(), "out", factor=2e4)
+
+
+def test_compile_without_graph_breaks():
+    layer = make_layer(dtype=torch.float32)
+    x, ids = torch.randn(2, 5, 16), torch.randint(0, len(ROWS), (2, 5))
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x, ids), layer(x, ids))
+
+
+def test_empty_batch():
+    out = make_layer()(torch.zeros(0, 7, 16, dtype=torch.float64), torch.zeros(0, 7).long())
+    assert out.shape == (0, 7, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 4, 4), ValueError, "d_model: expected 1 or more, got 0"),
+        ((4, 4, -1), ValueError, "d_up: expected 1 or more, got -1"),
+        ((4, 5, 4, True), ValueError, "d_emb: a tied table needs d_emb == d_model = 4, got 5"),
+    ],
+)
+def test_wrong_sizes(arguments, error, message):
+    d_model, d_emb, d_up, *tied = arguments
+    with pytest.raises(error, match=message):
+        L3Layer(d_model, d_emb, d_up, Allocation.from_rows(ROWS), *tied)
+
+
+def test_wrong_calls():
+    layer = make_layer()
+    x, ids = torch.randn(2, 5, 16, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"allocation: expected l3ext.Allocation, got ndarray"):
+        L3Layer(4, 4, 4, ROWS)
+    with pytest.raises(ValueError, match="exactly one of token_ids, plan and rows"):
+        layer(x)
+    with pytest.raises(ValueError, match="exactly one of token_ids, plan and rows"):
+        layer(x, ids, plan=layer.plan(ids))
+    with pytest.raises(ValueError, match="x: expected 16 in the last dimension, got 8"):
+        layer(x[..., :8], ids)
+    with pytest.raises(ValueError, match=r"token_ids: expected shape \[2, 5\], got \[10\]"):
+        layer(x, ids.reshape(-1))
+    with pytest.raises(ValueError, match="got 6 at position 0"):
+        layer(x, ids + 6)
