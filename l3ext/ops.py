@@ -122,15 +122,19 @@ def _as_ids(token_ids: Any) -> Tensor:
 
 
 def _as_offsets(offsets: Any) -> Tensor:
-    with warnings.catch_warnings():
-        # An allocation's arrays are read-only, of which torch warns; the plan only reads them.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        tensor = torch.as_tensor(offsets)
+    tensor = offsets if isinstance(offsets, Tensor) else _borrow(offsets)
     if tensor.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, got {tensor.dtype}")
     if tensor.ndim != 1 or tensor.shape[0] < 1:
         raise ValueError(f"offsets: expected shape [V+1], got {list(tensor.shape)}")
     return tensor
+
+
+def _borrow(array: Any) -> Tensor:
+    with warnings.catch_warnings():
+        # An allocation's arrays are read-only, of which torch warns; the plan only reads them.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.as_tensor(array)
 
 
 def _check_device(tensor: Tensor, argument: str) -> None:
@@ -269,11 +273,20 @@ def _split(table: Tensor, d_in: int, tied: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(_library, "segmented_attention", "CPU")
 def _forward_cpu(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    *arrays, scale = rest
+    permutation, segment_queries, segment_rows, num_segments, table_rows, scale = rest
     y = x.new_empty(x.shape[0], values.shape[1])
-    threads = torch.get_num_threads()
     _C.segmented_attention(
-        _rows(x), _rows(keys), _rows(values), *arrays, scale=scale, num_threads=threads, y=y
+        _rows(x),
+        _rows(keys),
+        _rows(values),
+        permutation,
+        segment_queries,
+        segment_rows,
+        num_segments,
+        table_rows,
+        scale,
+        torch.get_num_threads(),
+        y,
     )
     return y
 

@@ -49,7 +49,7 @@ def time_interleaved(
     for function in candidates.values():
         function(0)
     for run in range(1, runs + 1):
-        order = list(candidates) if run % 2 else list(reversed(candidates))
+        order = list(candidates)[:: 1 if run % 2 else -1]
         for name in order:
             done = seconds[name]
             if len(done) >= 3 and sum(done) > share:
