@@ -16,7 +16,8 @@ namespace py = pybind11;
 namespace l3ext::python {
 namespace {
 
-void translate(std::exception_ptr pointer) {
+// By value: pybind11 fixes the signature.
+void translate(std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param)
   try {
     if (pointer) std::rethrow_exception(pointer);
   } catch (const Error& error) {

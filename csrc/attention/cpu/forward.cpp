@@ -145,6 +145,7 @@ class Forward {
     for (const Unit& unit : units) carve(sizes, unit);
     Carver carver(thread_scratch(sizes.bytes()));
     std::vector<Work> work;
+    work.reserve(units.size());
     for (const Unit& unit : units) work.push_back(carve(carver, unit));
 
     for (size_t u = 0; u < units.size(); ++u) {
