@@ -7,9 +7,18 @@ from __future__ import annotations
 import torch  # noqa: F401
 
 from l3ext import _C
+from l3ext.allocation import Allocation, LZWCounter, allocate
 from l3ext.ops import Plan, plan, segmented_attention
 
 __version__: str = _C.version
 has_cuda: bool = _C.has_cuda
 
-__all__ = ["Plan", "has_cuda", "plan", "segmented_attention"]
+__all__ = [
+    "Allocation",
+    "LZWCounter",
+    "Plan",
+    "allocate",
+    "has_cuda",
+    "plan",
+    "segmented_attention",
+]

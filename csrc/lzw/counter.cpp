@@ -7,7 +7,8 @@
 namespace l3ext::lzw {
 namespace {
 
-// Some 10 ms of work: Ctrl-C feels immediate, and the hook (which takes Python's lock) costs nothing.
+// Some 10 ms of work: Ctrl-C feels immediate, and the hook (which takes Python's lock) costs
+// nothing.
 constexpr int64_t kTokensPerPoll = 1 << 18;
 
 // Asks the hook once per kTokensPerPoll tokens.
@@ -15,11 +16,12 @@ class Poll {
  public:
   explicit Poll(const InterruptHook& interrupted) : interrupted_(interrupted) {}
   void operator()(int64_t position) {
-    if (position < next_) [[likely]] return;
+    if (position < next_) [[likely]]
+      return;
     next_ = position + kTokensPerPoll;
     if (interrupted_ && interrupted_()) {
-      throw Error(ErrorCode::kInterrupted,
-                  concat("interrupted at token ", position, "; the counter is as before the update"));
+      throw Error(ErrorCode::kInterrupted, concat("interrupted at token ", position,
+                                                  "; the counter is as before the update"));
     }
   }
 
@@ -41,8 +43,9 @@ void check_offsets(std::span<const int64_t> offsets, int64_t num_tokens) {
     L3EXT_CHECK(offsets[d] >= offsets[d - 1], "offsets: expected no fall, got offsets[", d,
                 "] = ", offsets[d], " after offsets[", d - 1, "] = ", offsets[d - 1]);
   }
-  L3EXT_CHECK(offsets.back() == num_tokens, "offsets: expected the last to be the number of tokens, ",
-              num_tokens, ", got ", offsets.back());
+  L3EXT_CHECK(offsets.back() == num_tokens,
+              "offsets: expected the last to be the number of tokens, ", num_tokens, ", got ",
+              offsets.back());
 }
 
 template <typename Token>
@@ -52,8 +55,8 @@ template <typename Token>
   const int64_t document = next - offsets.begin() - 1;
   throw Error(ErrorCode::kValue,
               concat("tokens: expected ids in [0, ", vocab_size, "), got ",
-                     tokens[static_cast<size_t>(position)], " at position ", position, " (document ",
-                     document, ", token ", position - *(next - 1), " of it)"));
+                     tokens[static_cast<size_t>(position)], " at position ", position,
+                     " (document ", document, ", token ", position - *(next - 1), " of it)"));
 }
 
 template <typename Token>

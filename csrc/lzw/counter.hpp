@@ -60,7 +60,7 @@ class Counter {
       int64_t old_count;
       uint32_t id;
     };
-    uint32_t old_size;  // codewords before the update
+    uint32_t old_size;               // codewords before the update
     FlatArray<uint32_t> increments;  // ids
     FlatArray<Reset> resets;
   };

@@ -2,8 +2,8 @@
 //
 //   header     Header below, its own checksum last
 //   frequency  int64 [vocab_size]
-//   edges      uint32 [num_codewords - vocab_size, 2]   parent, last token (single tokens need none)
-//   counts     int64 [num_codewords]
+//   edges      uint32 [num_codewords - vocab_size, 2]   parent, last token (single tokens need
+//   none) counts     int64 [num_codewords]
 //
 // load() believes nothing: size and checksums first, then every parent, token, count and duplicate.
 #include <fcntl.h>
@@ -42,9 +42,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == 56);
 
-uint32_t header_crc(const Header& header) {
-  return crc32c(&header, offsetof(Header, header_crc));
-}
+uint32_t header_crc(const Header& header) { return crc32c(&header, offsetof(Header, header_crc)); }
 
 // An open file that reads whole sections or throws.
 class Reader {
@@ -52,7 +50,7 @@ class Reader {
   explicit Reader(const std::string& path) : path_(path) {
     fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO must not block
     if (fd_ < 0) fail_with_errno("cannot open");
-    struct stat status {};
+    struct stat status{};
     if (::fstat(fd_, &status) != 0 || !S_ISREG(status.st_mode)) {
       ::close(fd_);
       fail("expected a regular file");
@@ -106,7 +104,8 @@ Header read_header(Reader& reader) {
   reader.check(reader.bytes() >= sizeof(header), "expected a header of ", sizeof(header),
                " bytes, got a file of ", reader.bytes());
   reader.read(&header, sizeof(header));
-  reader.check(std::memcmp(header.magic, kMagic, sizeof(kMagic)) == 0, "it is another kind of file");
+  reader.check(std::memcmp(header.magic, kMagic, sizeof(kMagic)) == 0,
+               "it is another kind of file");
   reader.check(header.version == kVersion, "expected version ", kVersion, ", got ", header.version);
   reader.check(header.header_crc == header_crc(header), "wrong checksum of the header");
   // The checksum does not prove who wrote it: the sizes are bounded before they are multiplied.

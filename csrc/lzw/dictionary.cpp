@@ -26,8 +26,9 @@ Dictionary::Dictionary(uint32_t vocab_size) : vocab_size_(vocab_size) {
 uint32_t Dictionary::insert(uint32_t parent, uint32_t token) {
   const uint32_t id = size();
   if (id == kNone) {
-    throw Error(ErrorCode::kRuntime, "dictionary: expected at most 4294967295 codewords; count the "
-                                     "corpus in parts");
+    throw Error(ErrorCode::kRuntime,
+                "dictionary: expected at most 4294967295 codewords; count the "
+                "corpus in parts");
   }
   // Single tokens need no slot: a walk starts at the token's own id.
   if (size_t{id} - vocab_size_ + 1 > slots_.size() / 4 * 3) reserve_slots(size_t{id} + 1);

@@ -1,11 +1,12 @@
-// The set of codewords as a trie: a codeword is its parent (the codeword without the last token) and
-// its last token. Ids count up in insertion order; ids [0, vocab_size) are the single tokens.
+// The set of codewords as a trie: a codeword is its parent (the codeword without the last token)
+// and its last token. Ids count up in insertion order; ids [0, vocab_size) are the single tokens.
 //
 // The trie's edges lie in one open-addressing table of 8-byte slots (id, hash tag), found by linear
 // probing; the edge itself, (parent, token), lies in an array by id. A walk down the trie waits for
-// one slot per token: the comparison with the edge is off that chain, the processor runs ahead of it.
-// Everything that addresses the table is in hash(): addressing by the hash of the whole path instead
-// of (parent, token) would let a walk prefetch slots ahead of the ids that it has not read yet.
+// one slot per token: the comparison with the edge is off that chain, the processor runs ahead of
+// it. Everything that addresses the table is in hash(): addressing by the hash of the whole path
+// instead of (parent, token) would let a walk prefetch slots ahead of the ids that it has not read
+// yet.
 #pragma once
 
 #include <cstddef>

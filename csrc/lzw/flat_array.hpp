@@ -1,5 +1,5 @@
-// A growing array of plain values. std::vector would hold the old and the new block at once while it
-// grows; realloc moves the pages of a large block instead of copying them, so a dictionary of
+// A growing array of plain values. std::vector would hold the old and the new block at once while
+// it grows; realloc moves the pages of a large block instead of copying them, so a dictionary of
 // gigabytes grows within the memory that it ends up with, and a failed growth leaves it as it was.
 #pragma once
 
@@ -32,14 +32,16 @@ class FlatArray {
   T* data() { return data_; }
   const T* data() const { return data_; }
   size_t size() const { return size_; }
-  // Bytes in use; what growth reserved beyond them is address space, not memory, until it is written.
+  // Bytes in use; what growth reserved beyond them is address space, not memory, until it is
+  // written.
   size_t nbytes() const { return size_ * sizeof(T); }
   T& operator[](size_t i) { return data_[i]; }
   const T& operator[](size_t i) const { return data_[i]; }
   T& back() { return data_[size_ - 1]; }
 
   void push_back(T value) {
-    if (size_ == capacity_) [[unlikely]] reallocate(capacity_ < 64 ? 64 : capacity_ / 2 * 3);
+    if (size_ == capacity_) [[unlikely]]
+      reallocate(capacity_ < 64 ? 64 : capacity_ / 2 * 3);
     data_[size_++] = value;
   }
   void pop_back() { --size_; }

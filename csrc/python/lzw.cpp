@@ -23,7 +23,8 @@ namespace {
 lzw::Parse parse_named(const std::string& name) {
   if (name == "paper") return lzw::Parse::kPaper;
   if (name == "lzw") return lzw::Parse::kLzw;
-  throw Error(ErrorCode::kValue, concat("parse: expected \"paper\" or \"lzw\", got \"", name, "\""));
+  throw Error(ErrorCode::kValue,
+              concat("parse: expected \"paper\" or \"lzw\", got \"", name, "\""));
 }
 
 // A counter that several Python threads may hold: each call has it alone and works without the GIL.
@@ -36,8 +37,9 @@ class SharedCounter {
   auto with(F&& f) {
     // Only a signal handler that runs inside this thread's own call comes here twice.
     if (owner_.load() == std::this_thread::get_id()) {
-      throw Error(ErrorCode::kRuntime, "LZWCounter: in use by the call that this signal handler "
-                                       "interrupted");
+      throw Error(ErrorCode::kRuntime,
+                  "LZWCounter: in use by the call that this signal handler "
+                  "interrupted");
     }
     py::gil_scoped_release nogil;
     const std::lock_guard lock(mutex_);
@@ -91,8 +93,8 @@ py::list codewords(SharedCounter& shared, int64_t begin, int64_t end) {
   std::vector<std::pair<std::vector<int64_t>, int64_t>> part;
   shared.with([&](lzw::Counter& counter) {
     L3EXT_CHECK(begin >= 0 && begin <= end && end <= counter.num_codewords(),
-                "codewords: expected 0 <= begin <= end <= ", counter.num_codewords(), ", got ", begin,
-                " and ", end);
+                "codewords: expected 0 <= begin <= end <= ", counter.num_codewords(), ", got ",
+                begin, " and ", end);
     for (auto id = static_cast<uint32_t>(begin); id < end; ++id) {
       part.emplace_back(counter.codeword(id), counter.counts()[id]);
     }
