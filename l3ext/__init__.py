@@ -7,9 +7,20 @@ from __future__ import annotations
 import torch  # noqa: F401
 
 from l3ext import _C
+from l3ext.allocation import Allocation, LZWCounter, allocate
+from l3ext.nn import L3Layer
 from l3ext.ops import Plan, plan, segmented_attention
 
 __version__: str = _C.version
 has_cuda: bool = _C.has_cuda
 
-__all__ = ["Plan", "has_cuda", "plan", "segmented_attention"]
+__all__ = [
+    "Allocation",
+    "L3Layer",
+    "LZWCounter",
+    "Plan",
+    "allocate",
+    "has_cuda",
+    "plan",
+    "segmented_attention",
+]

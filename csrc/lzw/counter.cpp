@@ -1,0 +1,209 @@
+#include "lzw/counter.hpp"
+
+#include <algorithm>
+
+#include "core/error.hpp"
+
+namespace l3ext::lzw {
+namespace {
+
+// Some 10 ms of work: Ctrl-C feels immediate, and the hook (which takes Python's lock) costs
+// nothing.
+constexpr int64_t kTokensPerPoll = 1 << 18;
+
+// Asks the hook once per kTokensPerPoll tokens.
+class Poll {
+ public:
+  explicit Poll(const InterruptHook& interrupted) : interrupted_(interrupted) {}
+  void operator()(int64_t position) {
+    if (position < next_) [[likely]]
+      return;
+    next_ = position + kTokensPerPoll;
+    if (interrupted_ && interrupted_()) {
+      throw Error(ErrorCode::kInterrupted, concat("interrupted at token ", position,
+                                                  "; the counter is as before the update"));
+    }
+  }
+
+ private:
+  const InterruptHook& interrupted_;
+  int64_t next_ = kTokensPerPoll;
+};
+
+uint32_t checked_vocab_size(int64_t vocab_size) {
+  L3EXT_CHECK(vocab_size >= 1 && vocab_size <= INT32_MAX,
+              "vocab_size: expected 1 to 2147483647, got ", vocab_size);
+  return static_cast<uint32_t>(vocab_size);
+}
+
+void check_offsets(std::span<const int64_t> offsets, int64_t num_tokens) {
+  L3EXT_CHECK(!offsets.empty(), "offsets: expected documents + 1 entries, got none");
+  L3EXT_CHECK(offsets[0] == 0, "offsets: expected offsets[0] = 0, got ", offsets[0]);
+  for (size_t d = 1; d < offsets.size(); ++d) {
+    L3EXT_CHECK(offsets[d] >= offsets[d - 1], "offsets: expected no fall, got offsets[", d,
+                "] = ", offsets[d], " after offsets[", d - 1, "] = ", offsets[d - 1]);
+  }
+  L3EXT_CHECK(offsets.back() == num_tokens,
+              "offsets: expected the last to be the number of tokens, ", num_tokens, ", got ",
+              offsets.back());
+}
+
+template <typename Token>
+[[noreturn]] void reject_token(std::span<const Token> tokens, std::span<const int64_t> offsets,
+                               int64_t position, uint32_t vocab_size) {
+  const auto next = std::upper_bound(offsets.begin(), offsets.end(), position);
+  const int64_t document = next - offsets.begin() - 1;
+  throw Error(ErrorCode::kValue,
+              concat("tokens: expected ids in [0, ", vocab_size, "), got ",
+                     tokens[static_cast<size_t>(position)], " at position ", position,
+                     " (document ", document, ", token ", position - *(next - 1), " of it)"));
+}
+
+template <typename Token>
+void check_tokens(std::span<const Token> tokens, std::span<const int64_t> offsets,
+                  uint32_t vocab_size, Poll poll) {
+  constexpr int64_t kBlock = 4096;  // checked as one, so that the compiler vectorises it
+  const auto n = static_cast<int64_t>(tokens.size());
+  const auto outside = [&](int64_t i) {
+    return static_cast<uint64_t>(int64_t{tokens[static_cast<size_t>(i)]}) >= vocab_size;
+  };
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    bool bad = false;
+    for (int64_t i = begin; i < end; ++i) bad |= outside(i);
+    if (bad) [[unlikely]] {
+      int64_t position = begin;
+      while (!outside(position)) ++position;
+      reject_token(tokens, offsets, position, vocab_size);
+    }
+    poll(end);
+  }
+}
+
+}  // namespace
+
+Counter::Counter(int64_t vocab_size, Parse parse)
+    : parse_(parse), dictionary_(checked_vocab_size(vocab_size)) {
+  const auto size = static_cast<size_t>(vocab_size);
+  counts_.resize(size);
+  frequency_.resize(size);
+  std::fill_n(counts_.data(), size, 0);
+  std::fill_n(frequency_.data(), size, 0);
+}
+
+void Counter::update(std::span<const int32_t> tokens, std::span<const int64_t> offsets,
+                     const InterruptHook& interrupted) {
+  update_checked(tokens, offsets, interrupted);
+}
+
+void Counter::update(std::span<const int64_t> tokens, std::span<const int64_t> offsets,
+                     const InterruptHook& interrupted) {
+  update_checked(tokens, offsets, interrupted);
+}
+
+template <typename Token>
+void Counter::update_checked(std::span<const Token> tokens, std::span<const int64_t> offsets,
+                             const InterruptHook& interrupted) {
+  check_offsets(offsets, static_cast<int64_t>(tokens.size()));
+  check_tokens(tokens, offsets, static_cast<uint32_t>(vocab_size()), Poll(interrupted));
+  Journal journal{.old_size = num_codewords(), .increments = {}, .resets = {}};
+  Poll poll(interrupted);
+  try {
+    for (size_t d = 0; d + 1 < offsets.size(); ++d) {
+      if (parse_ == Parse::kPaper) {
+        parse_paper(tokens.data(), offsets[d], offsets[d + 1], journal, poll);
+      } else {
+        parse_lzw(tokens.data(), offsets[d], offsets[d + 1], journal, poll);
+      }
+    }
+  } catch (...) {
+    undo(journal);
+    throw;
+  }
+  for (const Token token : tokens) ++frequency_[static_cast<size_t>(token)];
+  num_tokens_ += static_cast<int64_t>(tokens.size());
+}
+
+template <typename Token, typename Poll>
+void Counter::parse_paper(const Token* tokens, int64_t begin, int64_t end, Journal& journal,
+                          Poll& poll) {
+  for (int64_t i = begin; i + 1 < end;) {
+    auto prefix = static_cast<uint32_t>(tokens[i]);  // the id of tokens[i .. j)
+    int64_t j = i + 1;
+    uint32_t phrase = Dictionary::kNone;  // the id of tokens[i .. j], kNone where it is new
+    for (; j < end; ++j) {
+      phrase = dictionary_.find(prefix, static_cast<uint32_t>(tokens[j]));
+      // The document's last token ends a phrase whether or not the phrase is known.
+      if (phrase == Dictionary::kNone || j + 1 == end) break;
+      prefix = phrase;
+    }
+    count_up(prefix, journal);
+    if (phrase == Dictionary::kNone) {
+      insert(prefix, static_cast<uint32_t>(tokens[j]), 1);
+    } else {
+      set_back(phrase, journal);
+    }
+    i = j + 1;
+    poll(i);
+  }
+}
+
+template <typename Token, typename Poll>
+void Counter::parse_lzw(const Token* tokens, int64_t begin, int64_t end, Journal& journal,
+                        Poll& poll) {
+  for (int64_t i = begin; i < end;) {
+    auto match = static_cast<uint32_t>(tokens[i]);  // the id of tokens[i .. j)
+    int64_t j = i + 1;
+    for (; j < end; ++j) {
+      const uint32_t longer = dictionary_.find(match, static_cast<uint32_t>(tokens[j]));
+      if (longer == Dictionary::kNone) break;
+      match = longer;
+    }
+    count_up(match, journal);
+    if (j < end) insert(match, static_cast<uint32_t>(tokens[j]), 0);
+    i = j;
+    poll(i);
+  }
+}
+
+// The journal first: where it cannot grow, nothing has changed yet.
+void Counter::count_up(uint32_t id, Journal& journal) {
+  if (id < journal.old_size) journal.increments.push_back(id);
+  ++counts_[id];
+}
+
+void Counter::set_back(uint32_t id, Journal& journal) {
+  if (id < journal.old_size) {
+    journal.resets.push_back({journal.increments.size(), counts_[id], id});
+  }
+  counts_[id] = 1;
+}
+
+void Counter::insert(uint32_t parent, uint32_t token, int64_t count) {
+  dictionary_.insert(parent, token);
+  counts_.push_back(count);
+}
+
+void Counter::undo(Journal& journal) noexcept {
+  auto& [old_size, increments, resets] = journal;
+  for (;; increments.pop_back()) {
+    for (; resets.size() > 0 && resets.back().time == increments.size(); resets.pop_back()) {
+      counts_[resets.back().id] = resets.back().old_count;
+    }
+    if (increments.size() == 0) break;
+    --counts_[increments.back()];
+  }
+  counts_.truncate(old_size);
+  dictionary_.truncate(old_size);
+}
+
+std::vector<int64_t> Counter::codeword(uint32_t id) const {
+  std::vector<int64_t> tokens;
+  for (; id != Dictionary::kNone; id = dictionary_.edge(id).parent) {
+    tokens.push_back(dictionary_.edge(id).token);
+  }
+  std::reverse(tokens.begin(), tokens.end());
+  return tokens;
+}
+
+}  // namespace l3ext::lzw

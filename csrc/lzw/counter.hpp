@@ -1,0 +1,87 @@
+// Counts the codewords of a corpus with an exact LZW parse, document by document.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "lzw/dictionary.hpp"
+#include "lzw/flat_array.hpp"
+
+namespace l3ext::lzw {
+
+enum class Parse : uint32_t {
+  kPaper = 0,  // a phrase is the longest known prefix and one token more; a known tail is set back
+  kLzw = 1,    // the textbook: a phrase is the longest known prefix, the next starts right after it
+};
+
+// Asked now and then during a long call; true asks it to stop. May be empty.
+using InterruptHook = std::function<bool()>;
+
+class Counter {
+ public:
+  // Every single token, in id order, count 0. Throws kValue unless 1 <= vocab_size < 2^31.
+  Counter(int64_t vocab_size, Parse parse);
+
+  // Counts documents tokens[offsets[d] .. offsets[d+1]). tokens: ids in [0, vocab_size); offsets:
+  // starts at 0, never falls, ends at tokens.size(). Throws kValue (which, where), kInterrupted, or
+  // std::bad_alloc; the counter is then exactly as before the call.
+  void update(std::span<const int32_t> tokens, std::span<const int64_t> offsets,
+              const InterruptHook& interrupted = {});
+  void update(std::span<const int64_t> tokens, std::span<const int64_t> offsets,
+              const InterruptHook& interrupted = {});
+
+  int64_t vocab_size() const { return static_cast<int64_t>(frequency_.size()); }
+  Parse parse() const { return parse_; }
+  int64_t num_tokens() const { return num_tokens_; }
+  uint32_t num_codewords() const { return dictionary_.size(); }
+  size_t nbytes() const { return dictionary_.nbytes() + counts_.nbytes() + frequency_.nbytes(); }
+
+  // Codewords by id, that is, in the order of their first insertion.
+  std::vector<int64_t> codeword(uint32_t id) const;
+  uint32_t last_token(uint32_t id) const { return dictionary_.edge(id).token; }
+  std::span<const int64_t> counts() const { return {counts_.data(), counts_.size()}; }
+  // How often each token came: [vocab_size].
+  std::span<const int64_t> frequency() const { return {frequency_.data(), frequency_.size()}; }
+
+  // Throws kIo with the path; a failed save leaves the old file. load() trusts nothing in the file.
+  void save(const std::string& path) const;
+  static Counter load(const std::string& path);
+
+ private:
+  // What an update did to codewords that were there before it, in order, so that it can be undone.
+  // At most 4 bytes a phrase and 24 a document.
+  struct Journal {
+    struct Reset {
+      size_t time;  // increments.size() when it happened
+      int64_t old_count;
+      uint32_t id;
+    };
+    uint32_t old_size;               // codewords before the update
+    FlatArray<uint32_t> increments;  // ids
+    FlatArray<Reset> resets;
+  };
+
+  template <typename Token>
+  void update_checked(std::span<const Token> tokens, std::span<const int64_t> offsets,
+                      const InterruptHook& interrupted);
+  template <typename Token, typename Poll>
+  void parse_paper(const Token* tokens, int64_t begin, int64_t end, Journal& journal, Poll& poll);
+  template <typename Token, typename Poll>
+  void parse_lzw(const Token* tokens, int64_t begin, int64_t end, Journal& journal, Poll& poll);
+  void count_up(uint32_t id, Journal& journal);
+  void set_back(uint32_t id, Journal& journal);
+  void insert(uint32_t parent, uint32_t token, int64_t count);
+  void undo(Journal& journal) noexcept;
+
+  Parse parse_;
+  int64_t num_tokens_ = 0;
+  Dictionary dictionary_;
+  FlatArray<int64_t> counts_;     // [num_codewords]
+  FlatArray<int64_t> frequency_;  // [vocab_size]
+};
+
+}  // namespace l3ext::lzw
