@@ -164,8 +164,8 @@ def test_truncated_files(saved):
 
 def test_flipped_bits(saved):
     content = bytearray(saved.read_bytes())
-    original = LOADERS[saved.name](saved)
-    same = list(original.codewords()) if saved.name == "counter" else original
+    same = LOADERS[saved.name](saved)
+    named = []
     header = range(160 if saved.name == "allocation" else 56)
     for position in [*header, *range(160, len(content), max(1, len(content) // 150))]:
         flipped = bytearray(content)
@@ -174,11 +174,13 @@ def test_flipped_bits(saved):
         try:
             loaded = LOADERS[saved.name](saved)
         except OSError as error:
-            assert error.filename == str(saved)
+            named.append(error.filename == str(saved))
         else:  # a flip in the spelling of a safetensors header may mean the same; data never does
             assert saved.name == "allocation"
             assert position < 400
             assert loaded == same
+    assert len(named) > 50
+    assert all(named)
 
 
 def test_foreign_files(saved):
