@@ -225,3 +225,9 @@ def check_tokens(tokens: npt.NDArray[np.integer], *, name: str, vocab_size: int)
 
 def _corrupt(path: Path, reason: str) -> OSError:
     return OSError(errno.EIO, f"not an intact token file: {reason}", str(path))
+
+
+def is_token_file(path: str | os.PathLike[str]) -> bool:
+    """Whether the file at ``path`` says that it is a token file; whether it is intact is open."""
+    with open(path, "rb") as stream:
+        return f'"format": "{FORMAT}"'.encode() in stream.read(_HEADER_BYTES)

@@ -33,7 +33,7 @@ def weights(model):
 def test_it_learns_and_says_so(tmp_path, tokens):
     held_out = build_tokens(seed=1)
     before = evaluate(build_model(), held_out, sequence_length=16)
-    model, result = run(tmp_path, change(steps=120), eval_tokens=held_out)
+    _, result = run(tmp_path, change(steps=120), eval_tokens=held_out)
     assert before.loss == pytest.approx(math.log(VOCAB), rel=0.05)
     assert result.evaluation.loss < before.loss - 1.5
     assert result.evaluation.perplexity == pytest.approx(math.exp(result.evaluation.loss))

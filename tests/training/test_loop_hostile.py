@@ -57,7 +57,7 @@ def poison(model, at_call):
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     model = poison(build_model(), at_call=6)
-    with pytest.raises(RuntimeError, match="the loss is nan at step 6; .*were not updated"):
+    with pytest.raises(RuntimeError, match=r"the loss is nan at step 6; .*were not updated"):
         run(tmp_path, change(checkpoint_every=2), model=model)
     assert torch.isfinite(weights(model)).all()
     assert latest_checkpoint(tmp_path / "run").step == 4
@@ -82,7 +82,7 @@ def interrupt(model, at_call, times=1):
 
 def test_ctrl_c_writes_a_checkpoint_and_resumes(tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 7 of 12; checkpoint .*00007"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 7 of 12; checkpoint .*00007"):
         run(tmp_path, model=interrupt(build_model(), at_call=7))
     assert signal.getsignal(signal.SIGINT) is before
     resumed, result = run(tmp_path)
