@@ -12,6 +12,7 @@ import typer
 from l3ext.cli._output import JsonOption, parse_bytes, print_json, remark
 
 TIERS = ("none", "ram", "disk")
+TABLE_FILE = "l3_tables.safetensors"
 
 
 def generate(
@@ -24,7 +25,10 @@ def generate(
     ] = "none",
     path: Annotated[
         Path | None,
-        typer.Option(help="Table file of tier disk: written if missing, read if there."),
+        typer.Option(
+            help="Table file of tier disk: written if missing, read if there; else the "
+            "checkpoint's l3_tables.safetensors."
+        ),
     ] = None,
     cache_bytes: Annotated[
         str, typer.Option(help="Rows of the most frequent tokens that stay, such as 64MiB.")
@@ -73,7 +77,8 @@ def generate(
 
         if not getattr(model.config, "l3_layers", None):
             raise ValueError(f"--tier: {directory} holds a model without lookup layers")
-        runtime = l3ext.offload(model, tier=tier, path=path, cache_bytes=cache, device=device)
+        place = (path or directory / TABLE_FILE) if tier == "disk" else None
+        runtime = l3ext.offload(model, tier=tier, path=place, cache_bytes=cache, device=device)
     if sample:
         torch.manual_seed(seed)
         choice: dict[str, Any] = {"do_sample": True, "temperature": temperature}

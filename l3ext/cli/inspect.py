@@ -138,6 +138,8 @@ def _inspect_file(path: Path) -> Inspection:
         return {
             "kind": "counter",
             **facts,
+            "parse": counter.parse,
+            "vocab_size": counter.vocab_size,
             "tokens": counter.num_tokens,
             "codewords": counter.num_codewords,
             "memory_bytes": counter.nbytes,

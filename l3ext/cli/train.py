@@ -11,7 +11,7 @@ import typer
 from l3ext.cli._output import JsonOption, print_json, remark
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
     from l3ext.allocation import Allocation
     from l3ext.training import TokenFile
@@ -86,8 +86,10 @@ def train(
       l3ext train runs/first/corpus.tokens --tokenizer runs/first/tokenizer.json \\
           --dense --output runs/dense --steps 2000
     """
+    from l3ext.cli._corpus import prepare_tokens
     from l3ext.training import TrainConfig
     from l3ext.training import train as run_training
+    from l3ext.training.parameters import count_parameters
 
     config = TrainConfig(
         steps=steps,
@@ -112,7 +114,7 @@ def train(
     if not 0.0 < eval_fraction < 1.0:
         raise ValueError(f"--eval-fraction: expected a number between 0 and 1, got {eval_fraction}")
     output.mkdir(parents=True, exist_ok=True)
-    text_tokenizer, file = _prepare_tokens(
+    text_tokenizer, file = prepare_tokens(
         corpus, output, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split
     )
     cut = len(file.tokens) - int(len(file.tokens) * eval_fraction)
@@ -137,8 +139,6 @@ def train(
             "allocation": _allocate(file, cut, allocation, rows_per_token, max_rows),
         }
     model = build_model(sizes, seed=seed)
-    from l3ext.training.parameters import count_parameters
-
     count = count_parameters(model)
     remark(
         f"{count.total:,} parameters, {count.active:,} active; {cut:,} training tokens, "
@@ -184,44 +184,6 @@ def build_model(sizes: dict[str, Any], *, seed: int) -> PreTrainedModel:
     from l3ext.models import L3LlamaConfig, L3LlamaForCausalLM
 
     return L3LlamaForCausalLM(L3LlamaConfig(**sizes))
-
-
-def _prepare_tokens(
-    corpus: list[Path],
-    output: Path,
-    *,
-    tokenizer: Path | None,
-    vocab_size: int,
-    column: str,
-    split: str,
-) -> tuple[PreTrainedTokenizerFast, TokenFile]:
-    """The tokenizer and the corpus's tokens; both are kept in ``output`` for a resumption."""
-    from l3ext.corpus import read_documents, read_tokens
-    from l3ext.training import TokenFile, train_tokenizer, write_token_file
-    from l3ext.training.token_file import is_token_file
-    from l3ext.training.tokenizer import load_tokenizer
-
-    kept = output / "tokenizer.json"
-    if tokenizer is not None:
-        text_tokenizer = load_tokenizer(tokenizer)
-    elif kept.is_file():
-        text_tokenizer = load_tokenizer(kept)
-    elif len(corpus) == 1 and is_token_file(corpus[0]):
-        raise ValueError("--tokenizer: a token file needs the tokenizer that made it")
-    else:
-        remark(f"training a tokenizer of {vocab_size} ids")
-        text_tokenizer = train_tokenizer(
-            read_documents(corpus, column=column, split=split), vocab_size=vocab_size
-        )
-    text_tokenizer.backend_tokenizer.save(str(kept))
-    if len(corpus) == 1 and is_token_file(corpus[0]):
-        return text_tokenizer, TokenFile.open(corpus[0])
-    tokens = output / "corpus.tokens"
-    if not tokens.is_file():
-        remark(f"tokenising into {tokens}")
-        chunks = read_tokens(corpus, tokenizer=text_tokenizer, column=column, split=split)
-        return text_tokenizer, write_token_file(tokens, chunks, vocab_size=len(text_tokenizer))
-    return text_tokenizer, TokenFile.open(tokens)
 
 
 def _allocate(
