@@ -11,6 +11,7 @@ from l3ext.cli._output import remark
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from l3ext.corpus import TokenChunk
     from l3ext.training import TokenFile
 
 RECORD = "corpus.json"
@@ -37,7 +38,7 @@ def prepare_tokens(
         ValueError: ``output`` holds the tokens of another corpus, or a token file came without the
             tokenizer that made it.
     """
-    from l3ext.corpus import read_documents, read_tokens
+    from l3ext.corpus import TOKEN_SUFFIXES, read_documents, read_tokens
     from l3ext.training import TokenFile, train_tokenizer, write_token_file
     from l3ext.training.token_file import is_token_file
     from l3ext.training.tokenizer import load_tokenizer
@@ -66,10 +67,29 @@ def prepare_tokens(
         file = TokenFile.open(corpus[0])
     else:
         remark(f"tokenising into {output / TOKENS}")
-        chunks = read_tokens(corpus, tokenizer=text_tokenizer, column=column, split=split)
+        chunks = (
+            chunk if path.suffix in TOKEN_SUFFIXES else _end_documents(chunk, text_tokenizer)
+            for path in corpus
+            for chunk in read_tokens(path, tokenizer=text_tokenizer, column=column, split=split)
+        )
         file = write_token_file(output / TOKENS, chunks, vocab_size=len(text_tokenizer))
     (output / RECORD).write_text(json.dumps(record, indent=2))  # last: what it names is whole
     return text_tokenizer, file
+
+
+def _end_documents(chunk: TokenChunk, tokenizer: PreTrainedTokenizerFast) -> TokenChunk:
+    """The chunk with an end-of-text token after each document, if the tokenizer has one."""
+    import numpy as np
+
+    from l3ext.corpus import TokenChunk
+
+    end = tokenizer.eos_token_id
+    if end is None:
+        return chunk
+    return TokenChunk(
+        tokens=np.insert(chunk.tokens, chunk.offsets[1:], end),
+        offsets=chunk.offsets + np.arange(len(chunk.offsets)),
+    )
 
 
 def _identify(path: Path) -> list[str | int]:

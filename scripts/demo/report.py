@@ -181,8 +181,8 @@ to train on, {c["held_out_documents"]:,} with {c["held_out_tokens"]:,} held out,
 {config["learning_rate"]:g} (matrices) and {config["embedding_learning_rate"]:g} (embeddings);
 the table's {config["table_learning_rate"]:g}. Same seed, same order of the data.</p>
 <p>Speeds are medians over {report["serving"]["runs_per_tier"]} runs a tier, in the order model,
-RAM, disk, disk, RAM, model. Exposed is what the runtime's ledger says that decoding was blocked for,
-divided by the time of the runs.</p>
+RAM, disk, disk, RAM, model. Exposed is what the runtime's ledger says that decoding was blocked
+for, divided by the time of the runs.</p>
 {_table(["phase", "wall clock", "processor"], phases)}
 <p class="note">{escape(machine["processor"])}, {machine["cores"]} cores, kernels
 <code>{escape(machine["isa"])}</code>. {escape(versions)}. Command:

@@ -62,7 +62,7 @@ DEMO = Sizes(
 # The same path in seconds, for the tests: too small to learn anything.
 TINY = Sizes(
     vocab_size=300,
-    corpus_bytes=200_000,
+    corpus_bytes=600_000,
     hidden_size=32,
     layers=2,
     heads=2,
