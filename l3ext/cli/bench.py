@@ -61,7 +61,8 @@ def attention(
 
     from l3ext._files import atomic_path
     from l3ext.bench.attention import PEERS, run
-    from l3ext.bench.workload import from_text, standard_library
+    from l3ext.bench.workload import from_documents, standard_library_documents
+    from l3ext.corpus import read_documents
 
     names = list(PEERS) if not peer else [name for name in peer if name != "none"]
     for name in names:
@@ -72,8 +73,8 @@ def attention(
         if name not in _DTYPES:
             raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
     remark("tokenising and allocating")
-    workload = from_text(
-        text or standard_library(),
+    workload = from_documents(
+        list(read_documents(text)) if text else standard_library_documents(),
         vocab_size=vocab_size,
         rows_per_token=rows_per_token,
         max_rows=max_rows,

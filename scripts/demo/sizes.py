@@ -1,0 +1,84 @@
+"""How large the demo is. Fixed numbers: a slow machine takes longer, the results stay the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything that decides what the demo computes, and so how long it takes."""
+
+    vocab_size: int
+    corpus_bytes: int  # text read at most
+    hidden_size: int
+    layers: int
+    heads: int
+    l3_intermediate_size: int  # the dense model's is widened until it has as many active parameters
+    l3_layers: tuple[int, ...]
+    l3_d_emb: int
+    l3_d_up: int
+    rows_per_token: int  # table rows, as a multiple of the vocabulary
+    max_rows: int
+    sequence_length: int
+    batch_size: int
+    steps: int
+    warmup_steps: int
+    evaluations: int
+    eval_tokens: int  # of the final evaluation, at most
+    new_tokens: int
+    repetitions: int  # of the three tiers, each forth and back
+    cache_bytes: int  # rows of the most frequent tokens that stay beside the model
+
+    # Both models train with these; the README of the figures says how they were chosen.
+    learning_rate: float = 1.4e-3
+    embedding_learning_rate: float = 4e-3
+    table_learning_rate: float = 5e-3
+
+
+DEMO = Sizes(
+    vocab_size=4096,
+    corpus_bytes=16 << 20,
+    hidden_size=128,
+    layers=3,
+    heads=4,
+    l3_intermediate_size=344,
+    l3_layers=(2,),
+    l3_d_emb=128,
+    l3_d_up=256,
+    rows_per_token=4,
+    max_rows=64,
+    sequence_length=128,
+    batch_size=8,
+    steps=1000,
+    warmup_steps=50,
+    evaluations=5,
+    eval_tokens=300_000,
+    new_tokens=96,
+    repetitions=3,
+    cache_bytes=2 << 20,
+)
+
+# The same path in seconds, for the tests: too small to learn anything.
+TINY = Sizes(
+    vocab_size=300,
+    corpus_bytes=600_000,
+    hidden_size=32,
+    layers=2,
+    heads=2,
+    l3_intermediate_size=64,
+    l3_layers=(1,),
+    l3_d_emb=16,
+    l3_d_up=32,
+    rows_per_token=4,
+    max_rows=16,
+    sequence_length=32,
+    batch_size=4,
+    steps=12,
+    warmup_steps=2,
+    evaluations=2,
+    eval_tokens=2_000,
+    new_tokens=8,
+    repetitions=1,
+    cache_bytes=1 << 12,
+)
