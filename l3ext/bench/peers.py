@@ -83,21 +83,29 @@ def flex_attention() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    compiled: Any = torch.compile(flex, dynamic=True)
+    # Shapes are fixed at compile time: the compiler's code for dynamic ones does not build (torch
+    # 2.13). Rows are padded to a multiple that most steps share.
+    compiled: Any = torch.compile(flex, dynamic=False)
+    granule = 16384
 
     def run(x: Tensor, token_ids: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
         d_in = x.shape[1]
         order, tokens, _, first, count = _sorted_step(token_ids, offsets)
-        owner = torch.repeat_interleave(tokens, count)
+        used = int(count.sum())
+        padded = -(-used // granule) * granule
+        owner = torch.full((padded,), -1)
+        owner[:used] = torch.repeat_interleave(tokens, count)
+        row = torch.zeros(padded, dtype=torch.int64)
         start = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
-        rows = table[start + torch.arange(owner.shape[0])]
+        row[:used] = start + torch.arange(used)
+        rows = table[row]
         query_token = token_ids[order]
 
         def same_token(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             return query_token[q] == owner[kv]
 
         mask = create_block_mask(
-            same_token, None, None, x.shape[0], owner.shape[0], device="cpu", BLOCK_SIZE=128
+            same_token, None, None, x.shape[0], padded, device="cpu", BLOCK_SIZE=128
         )
         sorted_y = compiled(
             x[order][None, None],

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 ERROR_EXIT = 2
+_LONGEST = 600  # a compiler's message may run to pages
 INTERRUPT_EXIT = 130  # 128 + SIGINT, as shells report it
 
 
@@ -37,14 +38,15 @@ class CommandGroup(TyperGroup):
 
 
 def describe_error(error: Exception) -> str:
-    """One line for an exception; an OSError as ``path: reason``."""
+    """One line for an exception, of a length to read; an OSError as ``path: reason``."""
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
         if error.filename is not None and str(error.filename) not in text:
             text = f"{error.filename}: {text}"
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ... (L3EXT_TRACEBACK=1 shows all)"
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -133,6 +133,8 @@ def _table(result: dict[str, Any]) -> Table:
             f"{1e3 * row['p10']:.2f} to {1e3 * row['p90']:.2f}",
             f"{row['floors']:.2f}",
             f"{row['median'] / ours:.2f}",
-            f"{row['error']:.1e}" if "error" in row else "",
+            f"{row['difference']:.1e}" if "difference" in row else "",
         )
+    for name, reason in result["failures"].items():
+        table.add_row(name, "failed", reason)
     return table
