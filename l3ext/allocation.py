@@ -4,7 +4,7 @@
 >>> counter = l3ext.LZWCounter(4)
 >>> counter.update([0, 1, 0, 1, 0, 2], offsets=[0, 3, 6])
 >>> counter.allocate(8, max_rows=3).rows.tolist()
-[3, 2, 2, 1]
+[3, 3, 1, 1]
 """
 
 from __future__ import annotations

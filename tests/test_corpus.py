@@ -115,7 +115,7 @@ def test_errors_show_before_anything_is_read(tmp_path, tokenizer):
         read_documents(good, split="word")
     with pytest.raises(ValueError, match="tokenizer: expected one for text files, got None"):
         read_tokens(good)
-    with pytest.raises(TypeError, match="tokenizer: expected .*, got object"):
+    with pytest.raises(TypeError, match=r"tokenizer: expected .*, got object"):
         read_tokens(good, tokenizer=object())
     with pytest.raises(ValueError, match="chunk_tokens: expected at least 1, got 0"):
         read_tokens(good, tokenizer=tokenizer, chunk_tokens=0)

@@ -7,15 +7,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from l3ext.allocation import Allocation, LZWCounter
-from l3ext.corpus import TokenChunk, load_tokenizer, read_tokens
+if TYPE_CHECKING:
+    from l3ext.allocation import Allocation, LZWCounter
+    from l3ext.corpus import TokenChunk
 
 _CHUNK_TOKENS = 1 << 20  # what Ctrl-C can lose at most
 _HELP = """Count a corpus with LZW and grant table rows to its tokens.
@@ -66,6 +67,9 @@ def allocate(
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Entry point of ``l3ext allocate``."""
+    from l3ext.allocation import LZWCounter
+    from l3ext.corpus import load_tokenizer, read_tokens
+
     console = Console(stderr=True)
     try:
         encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -131,6 +135,8 @@ def _total_rows(text: str, vocab_size: int) -> int:
 
 def _open_counter(checkpoint: Path | None, vocab_size: int, parse: str) -> tuple[LZWCounter, int]:
     """The counter to go on with, and how many tokens it has counted."""
+    from l3ext.allocation import LZWCounter
+
     if checkpoint is None or not checkpoint.exists():
         return LZWCounter(vocab_size, parse=parse), 0
     counter = LZWCounter.load(checkpoint)

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import struct
 import threading
 import time
 
@@ -12,6 +13,7 @@ import safetensors.numpy
 import torch
 
 import l3ext
+from l3ext import _C
 from tests.lzw.helpers import counted, pack, state, zipf_documents
 
 
@@ -197,6 +199,46 @@ def test_files_that_cannot_be_opened(tmp_path, saved):
     assert caught.value.filename == str(tmp_path / "nowhere")
     with pytest.raises(OSError):
         load(tmp_path)
+
+
+def crc(content):
+    return _C.crc32c(np.frombuffer(content, np.uint8))
+
+
+def forge_counter(path, edges, counts, frequency=(1, 2), vocab_size=2, parse=0, num_tokens=3):
+    """A counter file whose size and checksums are right, whatever it holds."""
+    sections = [
+        np.array(frequency, "<i8").tobytes(),
+        np.array(edges, "<u4").tobytes(),
+        np.array(counts, "<i8").tobytes(),
+    ]
+    sizes = (1, parse, vocab_size, len(counts), num_tokens)
+    header = struct.pack("<8sIIQQQIII", b"L3LZW\r\n\0", *sizes, *map(crc, sections))
+    path.write_bytes(header + struct.pack("<I", crc(header)) + b"".join(sections))
+    return path
+
+
+def test_a_forged_counter(tmp_path):
+    path = tmp_path / "counter"
+    good = l3ext.LZWCounter.load(forge_counter(path, [(0, 1), (2, 1)], [5, 6, 7, 8]))
+    assert list(good.codewords()) == [((0,), 5), ((1,), 6), ((0, 1), 7), ((0, 1, 1), 8)]
+    for changes, message in [
+        ({"edges": [(0, 1), (3, 1)]}, "codeword 3 has parent 3 and token 1"),  # its own parent
+        ({"edges": [(0, 2), (2, 1)]}, "codeword 2 has parent 0 and token 2"),
+        ({"edges": [(2**32 - 1, 0), (2, 1)]}, "codeword 2 has parent 4294967295"),
+        ({"edges": [(0, 1), (0, 1)]}, "codeword 3 has parent 0 and token 1"),  # twice
+        ({"counts": [5, 6, -7, 8]}, "count -7 of codeword 2"),
+        ({"frequency": [-1, 4]}, "frequency -1 of token 0"),
+        ({"frequency": [2**63 - 1, 2**63 - 1]}, "frequency 9223372036854775807 of token 1"),
+        ({"num_tokens": 4}, "expected frequencies that sum up to 4, got 3"),
+        ({"vocab_size": 0}, "vocab_size 0"),
+        ({"vocab_size": 2**61}, "vocab_size 2305843009213693952"),
+        ({"vocab_size": 3}, "wrong checksum of the frequencies"),
+        ({"parse": 2}, "unknown parse 2"),
+    ]:
+        forge_counter(path, **{"edges": [(0, 1), (2, 1)], "counts": [5, 6, 7, 8], **changes})
+        with pytest.raises(OSError, match=message):
+            l3ext.LZWCounter.load(path)
 
 
 def test_a_counter_does_not_wait_for_a_fifo(tmp_path):
