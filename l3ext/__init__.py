@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-# torch first: the native module then shares torch's OpenMP runtime instead of bringing a second
-# one, whose threads would compete with torch's for the same cores.
-import torch  # noqa: F401
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from l3ext import _C
-from l3ext.allocation import Allocation, LZWCounter, allocate
-from l3ext.nn import L3Layer
-from l3ext.ops import Plan, plan, segmented_attention
+if TYPE_CHECKING:
+    from l3ext.allocation import Allocation, LZWCounter, allocate
+    from l3ext.nn import L3Layer
+    from l3ext.ops import Plan, plan, segmented_attention
 
-__version__: str = _C.version
-has_cuda: bool = _C.has_cuda
+    __version__: str
+    has_cuda: bool
 
 __all__ = [
     "Allocation",
@@ -24,3 +23,35 @@ __all__ = [
     "plan",
     "segmented_attention",
 ]
+
+# Where each public name lives. They load on first use (PEP 562): torch takes more than a second
+# to import, and `l3ext --help` should not wait for it.
+_HOMES = {
+    "Allocation": "l3ext.allocation",
+    "LZWCounter": "l3ext.allocation",
+    "allocate": "l3ext.allocation",
+    "L3Layer": "l3ext.nn",
+    "Plan": "l3ext.ops",
+    "plan": "l3ext.ops",
+    "segmented_attention": "l3ext.ops",
+}
+_NATIVE_FACTS = {"__version__": "version", "has_cuda": "has_cuda"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    elif name in _NATIVE_FACTS:
+        # torch first, as in every module that imports _C: the native module then shares torch's
+        # OpenMP runtime instead of bringing a second one, whose threads would compete with
+        # torch's for the same cores.
+        import_module("torch")
+        value = getattr(import_module("l3ext._C"), _NATIVE_FACTS[name])
+    else:
+        raise AttributeError(f"module 'l3ext' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

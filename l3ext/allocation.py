@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
+import torch  # noqa: F401  (before _C, see l3ext/__init__.py)
 
 from l3ext import _C
 from l3ext._arrays import host_integers

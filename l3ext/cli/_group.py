@@ -22,7 +22,7 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]  # fewer names
             try:
                 return super().invoke(ctx)
             except (typer.Exit, typer.Abort, BrokenPipeError):  # RuntimeErrors, but no failures

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_module
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from l3ext.cli._output import JsonOption, print_json, remark
 
 if TYPE_CHECKING:
     from l3ext.allocation import Allocation, LZWCounter
@@ -64,50 +61,46 @@ def allocate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keeps the counter; goes on from it where it exists.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Entry point of ``l3ext allocate``."""
+    import numpy as np
+
     from l3ext.allocation import LZWCounter
     from l3ext.corpus import load_tokenizer, read_tokens
 
-    console = Console(stderr=True)
+    encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
+    size = _vocab_size(vocab_size, encoder)
+    total_rows = _total_rows(rows, size)
+    counter, resumed = _open_counter(checkpoint, size, parse)
+    # A size that cannot be granted shows now, not after hours of counting.
+    LZWCounter(size).allocate(total_rows, max_rows)
+    chunks = read_tokens(
+        inputs, tokenizer=encoder, column=column, split=split, dtype=np.dtype(dtype),
+        eos_id=eos_id, chunk_tokens=_CHUNK_TOKENS,
+    )  # fmt: skip
+    started = time.perf_counter()
     try:
-        encoder = load_tokenizer(tokenizer) if tokenizer is not None else None
-        size = _vocab_size(vocab_size, encoder)
-        total_rows = _total_rows(rows, size)
-        counter, resumed = _open_counter(checkpoint, size, parse)
-        # A size that cannot be granted shows now, not after hours of counting.
-        LZWCounter(size).allocate(total_rows, max_rows)
-        chunks = read_tokens(
-            inputs, tokenizer=encoder, column=column, split=split, dtype=np.dtype(dtype),
-            eos_id=eos_id, chunk_tokens=_CHUNK_TOKENS,
-        )  # fmt: skip
-        started = time.perf_counter()
-        try:
-            _count(counter, chunks, resumed, console)
-        finally:
-            # An interrupted or failed run keeps whole updates too; a rejected one left no trace.
-            if checkpoint is not None:
-                counter.save(checkpoint)
-        seconds = time.perf_counter() - started
-        allocation = counter.allocate(total_rows, max_rows)
-        allocation.save(output)
+        _count(counter, chunks, resumed)
     except KeyboardInterrupt:
         kept = f"the counter is kept in {checkpoint}" if checkpoint else "nothing is kept"
         hint = "run the same command to go on" if checkpoint else "--checkpoint would keep it"
-        console.print(f"Interrupted: {kept}; {hint}.", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        console.print(f"Error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise KeyboardInterrupt(f"interrupted: {kept}; {hint}") from None
+    finally:
+        # An interrupted or failed run keeps whole updates too; a rejected one left no trace.
+        if checkpoint is not None:
+            counter.save(checkpoint)
+    seconds = time.perf_counter() - started
+    allocation = counter.allocate(total_rows, max_rows)
+    allocation.save(output)
     summary = _summary(counter, allocation, counter.num_tokens - resumed, seconds)
-    if json:
-        print(json_module.dumps(summary))
+    if as_json:
+        print_json(summary)
         return
     for name, value in summary.items():
         text = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
-        print(f"{name.replace('_', ' '):28} {text:>16}")
-    print(f"written to {output}", file=sys.stderr)
+        typer.echo(f"{name.replace('_', ' '):28} {text:>16}")
+    remark(f"written to {output}")
 
 
 allocate.__doc__ = _HELP
@@ -148,11 +141,12 @@ def _open_counter(checkpoint: Path | None, vocab_size: int, parse: str) -> tuple
     return counter, counter.num_tokens
 
 
-def _count(
-    counter: LZWCounter, chunks: Iterator[TokenChunk], resumed: int, console: Console
-) -> None:
+def _count(counter: LZWCounter, chunks: Iterator[TokenChunk], resumed: int) -> None:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("reading")
         started = time.perf_counter()
         for chunk in _after(chunks, resumed, counter):
@@ -167,6 +161,8 @@ def _count(
 
 def _after(chunks: Iterator[TokenChunk], resumed: int, counter: LZWCounter) -> Iterator[TokenChunk]:
     """The chunks that a resumed counter has not counted; checks that it counted the others."""
+    import numpy as np
+
     seen = np.zeros(counter.vocab_size, np.int64)
     counted = counter.frequency
     left = resumed
@@ -187,7 +183,7 @@ def _summary(
     counter: LZWCounter, allocation: Allocation, new_tokens: int, seconds: float
 ) -> dict[str, Any]:
     frequency = counter.frequency
-    rows_of_corpus = int((allocation.rows.astype(np.int64) * frequency).sum())
+    rows_of_corpus = int((frequency * allocation.rows).sum())
     return {
         "tokens": counter.num_tokens,
         "codewords": counter.num_codewords,

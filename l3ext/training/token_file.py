@@ -24,7 +24,7 @@ from l3ext._files import atomic_path
 FORMAT = "l3ext.tokens.1"
 _HEADER_BYTES = 4096  # reserved for a header whose sizes are known only at the end
 _CHUNK_TOKENS = 1 << 22
-_DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 
 
 class TokenChunk(Protocol):
@@ -106,18 +106,20 @@ def write_token_file(
         for chunk in chunks:
             _check_ids(chunk.tokens, vocab_size, first=count)
             ids = chunk.tokens.astype(dtype)
-            stream.write(memoryview(ids))
-            checksum = zlib.crc32(ids, checksum)
+            stream.write(ids.data)
+            checksum = zlib.crc32(ids.data, checksum)
             offsets.append(np.asarray(chunk.offsets[1:], np.int64) + count)
             count += len(ids)
         # safetensors wants its arrays without a gap, int64 aligned to 8.
         padding = -(count * dtype.itemsize) % 8
         stream.write(b"\0" * padding)
         joined = np.concatenate(offsets)
-        stream.write(memoryview(joined))
+        stream.write(joined.data)
         stream.seek(0)
         stream.write(
-            _header(kind, count, padding, len(joined), vocab_size, zlib.crc32(joined, checksum))
+            _header(
+                kind, count, padding, len(joined), vocab_size, zlib.crc32(joined.data, checksum)
+            )
         )
     return TokenFile.open(path)
 
@@ -184,8 +186,8 @@ def _read_header(path: Path, stream: BinaryIO) -> dict[str, Any]:
 def _checksum(tokens: npt.NDArray[np.integer], offsets: npt.NDArray[np.int64]) -> int:
     checksum = 0
     for part in _parts(tokens):
-        checksum = zlib.crc32(np.ascontiguousarray(part), checksum)
-    return zlib.crc32(np.ascontiguousarray(offsets), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+    return zlib.crc32(np.ascontiguousarray(offsets).data, checksum)
 
 
 def _parts(tokens: npt.NDArray[np.integer]) -> Iterator[npt.NDArray[np.integer]]:
@@ -219,7 +221,7 @@ def check_tokens(tokens: npt.NDArray[np.integer], *, name: str, vocab_size: int)
         raise type(error)(str(error).replace("tokens", name, 1)) from None
     checksum = 0
     for part in _parts(tokens):
-        checksum = zlib.crc32(np.ascontiguousarray(part, np.int64), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(part, np.int64).data, checksum)
     return checksum
 
 

@@ -25,7 +25,10 @@ def one_thread():
 def corpus(tmp_path_factory):
     """A text file of a few hundred short lines."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    words = "the quick brown fox jumps over a lazy dog while seven wizards brew tea".split()
+    words = [
+        *("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while"),
+        *("seven", "wizards", "brew", "tea"),
+    ]
     lines = [
         " ".join(words[(i * 7 + j * j) % len(words)] for j in range(3 + i % 9)) for i in range(400)
     ]

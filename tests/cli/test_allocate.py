@@ -9,19 +9,15 @@ import time
 
 import numpy as np
 import pytest
-import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import l3ext
-from l3ext.cli.allocate import allocate
-
-app = typer.Typer()
-app.command()(allocate)
+from l3ext.cli import app
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["allocate", *(str(argument) for argument in arguments)])
 
 
 def write_tokens(path, count, seed=0):
@@ -84,7 +80,7 @@ def test_a_checkpoint_of_another_corpus_is_refused(tmp_path, bin_arguments):
     for count, seed in ((3_000_000, 1), (2_000_000, 0), (100, 0)):
         write_tokens(tmp_path / "a.bin", count, seed)
         result = run(*arguments)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "--checkpoint: it counted" in result.output
     result = run(*arguments, "--parse", "lzw")
     assert "--checkpoint: expected vocab_size 50 and parse lzw" in result.output
@@ -108,7 +104,7 @@ def test_bad_options(tmp_path, bin_arguments, changes, message):
     options = {"--rows": "4x", "-o": tmp_path / "out", **changes}
     extra = [word for option in options.items() for word in option]
     result = run(*bin_arguments, *extra)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "out").exists()
 
@@ -118,11 +114,11 @@ def test_ctrl_c_keeps_a_state_to_go_on_from(tmp_path):
     arguments = [tmp_path / "a.bin", "--eos-id", 0, "--vocab-size", 50, "--rows", "4x",
                  "-o", tmp_path / "out", "--checkpoint", tmp_path / "counter"]  # fmt: skip
     code = (
-        "import typer; from l3ext.cli.allocate import allocate; print('ready', flush=True); "
-        "app = typer.Typer(); app.command()(allocate); app()"
+        "import l3ext.allocation, l3ext.corpus; from l3ext.cli import app; "
+        "print('ready', flush=True); app()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", code, "allocate", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip

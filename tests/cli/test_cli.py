@@ -13,7 +13,7 @@ import l3ext
 from l3ext.cli._group import describe_error
 from l3ext.cli._output import format_bytes, parse_bytes
 
-COMMANDS = ("train", "generate", "inspect", "doctor")
+COMMANDS = ("allocate", "train", "generate", "inspect", "doctor")
 
 
 def test_version():
