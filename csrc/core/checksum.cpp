@@ -26,6 +26,16 @@ uint32_t update_portable(const unsigned char* p, size_t bytes, uint32_t crc) {
   return crc;
 }
 
+// The product of two polynomials over GF(2), modulo the CRC's; bit 31 is the constant term.
+uint32_t multiply_modulo(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (uint32_t term = 0x80000000u; term != 0; term >>= 1) {
+    if (a & term) product ^= b;
+    b = (b >> 1) ^ ((b & 1) ? 0x82F63B78u : 0u);
+  }
+  return product;
+}
+
 #if defined(__x86_64__)
 __attribute__((target("sse4.2"))) uint32_t update_sse42(const unsigned char* p, size_t bytes,
                                                         uint32_t crc) {
@@ -51,6 +61,17 @@ uint32_t crc32c(const void* data, size_t bytes, uint32_t crc) {
   if (has_sse42) return ~update_sse42(p, bytes, crc);
 #endif
   return ~update_portable(p, bytes, crc);
+}
+
+uint32_t crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t bytes_b) {
+  // Appending a zero byte multiplies the remainder by x^8: raise that to the length by squaring.
+  uint32_t shift = 0x80000000u;  // x^0, bits reflected
+  uint32_t power = 0x00800000u;  // x^8
+  for (; bytes_b > 0; bytes_b >>= 1) {
+    if (bytes_b & 1) shift = multiply_modulo(shift, power);
+    power = multiply_modulo(power, power);
+  }
+  return multiply_modulo(shift, crc_a) ^ crc_b;
 }
 
 }  // namespace l3ext

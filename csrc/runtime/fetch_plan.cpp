@@ -13,8 +13,8 @@ std::vector<Piece> plan_fetch(const std::vector<Block>& blocks, int64_t piece_by
       const int64_t end = block.source + block.bytes;
       for (int64_t at = block.source; at < end;) {
         const int64_t next = std::min(end, (at / piece_bytes + 1) * piece_bytes);
-        pieces.push_back({at, block.target + (at - block.source), next - at, i, i + 1, true,
-                          block.resident});
+        pieces.push_back(
+            {at, block.target + (at - block.source), next - at, i, i + 1, true, block.resident});
         at = next;
       }
       continue;
@@ -29,8 +29,7 @@ std::vector<Piece> plan_fetch(const std::vector<Block>& blocks, int64_t piece_by
         continue;
       }
     }
-    pieces.push_back(
-        {block.source, block.target, block.bytes, i, i + 1, false, block.resident});
+    pieces.push_back({block.source, block.target, block.bytes, i, i + 1, false, block.resident});
   }
   return pieces;
 }

@@ -76,24 +76,25 @@ const std::byte* FileReader::read(int64_t begin, int64_t bytes, std::byte* scrat
   const int64_t length = direct_ ? align_up(wanted) : wanted;
   int64_t done = 0;
   while (done < wanted) {
-    const ssize_t got = ::pread(fd_, scratch + done, static_cast<size_t>(length - done),
-                                first + done);
+    const ssize_t got =
+        ::pread(fd_, scratch + done, static_cast<size_t>(length - done), first + done);
     if (got < 0) {
       if (errno == EINTR) continue;
       const int error = errno;
-      throw Error::io(path_, error,
-                      concat("cannot read ", bytes, " bytes at offset ", begin, ": ",
-                             std::strerror(error)));
+      throw Error::io(
+          path_, error,
+          concat("cannot read ", bytes, " bytes at offset ", begin, ": ", std::strerror(error)));
     }
     const int64_t reached = done + got;
     if (reached >= wanted) break;
     // A short read ends inside a block: O_DIRECT must go on from that block's start.
     const int64_t next = direct_ ? align_down(reached) : reached;
     if (next <= done) {
+      struct stat now;
       throw Error::io(path_, 0,
-                      concat("expected ", bytes, " bytes at offset ", begin,
-                             ", the file ends at offset ", first + reached,
-                             " (it had ", size_, " bytes when it was opened)"));
+                      concat("expected ", bytes, " bytes at offset ", begin, ", but the file is ",
+                             ::fstat(fd_, &now) == 0 ? now.st_size : 0, " bytes long; it had ",
+                             size_, " when it was opened"));
     }
     done = next;
   }

@@ -15,8 +15,8 @@ struct HotSet {
   int64_t rows = 0;          // in all: they fill arena rows [0, rows) in id order
 };
 
-// Keeping token t costs rows(t) rows and saves frequency(t) * rows(t) row fetches, so the benefit per
-// byte is the frequency alone: takes tokens by frequency, descending (ties, and unknown
+// Keeping token t costs rows(t) rows and saves frequency(t) * rows(t) row fetches, so the benefit
+// per byte is the frequency alone: takes tokens by frequency, descending (ties, and unknown
 // frequencies: by rows owned, then by id), each that still fits the budget.
 HotSet choose_hot_set(const RowOwners& owners, int64_t row_bytes, int64_t budget_bytes);
 

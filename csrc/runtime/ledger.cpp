@@ -29,8 +29,8 @@ class TraceWriter {
                   static_cast<double>(begin_ns) * 1e-3,
                   static_cast<double>(end_ns - begin_ns) * 1e-3);
     put(concat("{\"ph\":\"X\",\"pid\":1,\"tid\":", lane, ",\"cat\":\"", name, "\",\"name\":\"",
-               name, " layer ", layer, "\",", times, ",\"args\":{\"step\":", step, ",\"layer\":",
-               layer, ",\"bytes\":", bytes, "}},\n"));
+               name, " layer ", layer, "\",", times, ",\"args\":{\"step\":", step,
+               ",\"layer\":", layer, ",\"bytes\":", bytes, "}},\n"));
   }
   void commit() {
     put("{\"ph\":\"M\",\"pid\":1,\"tid\":0,\"name\":\"process_name\","
@@ -112,8 +112,8 @@ void Ledger::write_chrome_trace(const std::string& path) const {
       const LayerRecord& record = step.layers[layer];
       for (const WorkerSpan& span : record.spans) {
         workers = std::max(workers, span.worker + 1);
-        trace.span("fetch", step.step, layer, kWorkerLane + span.worker, span.begin_ns,
-                   span.end_ns, record.bytes);
+        trace.span("fetch", step.step, layer, kWorkerLane + span.worker, span.begin_ns, span.end_ns,
+                   record.bytes);
       }
       if (record.wait_end_ns != 0) waits.emplace_back(record.wait_begin_ns, layer);
     }

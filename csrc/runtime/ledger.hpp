@@ -18,13 +18,13 @@ struct WorkerSpan {
 };
 
 struct LayerRecord {
-  int64_t tokens = 0;     // distinct
-  int64_t rows = 0;       // that they own
-  int64_t bytes = 0;      // asked of the table: those of the tokens outside the hot set
-  int64_t hits = 0;       // tokens in the hot set
-  int64_t hit_bytes = 0;  // theirs
-  bool spilled = false;   // the ring was full: the step got a buffer of its own
-  bool cancelled = false; // the step ended before the rows were there
+  int64_t tokens = 0;          // distinct
+  int64_t rows = 0;            // that they own
+  int64_t bytes = 0;           // asked of the table: those of the tokens outside the hot set
+  int64_t hits = 0;            // tokens in the hot set
+  int64_t hit_bytes = 0;       // theirs
+  bool spilled = false;        // the ring was full: the step got a buffer of its own
+  bool cancelled = false;      // the step ended before the rows were there
   int64_t fetch_begin_ns = 0;  // all times 0: did not happen
   int64_t fetch_end_ns = 0;
   int64_t wait_begin_ns = 0;
@@ -58,8 +58,8 @@ class Ledger {
   explicit Ledger(int64_t capacity) : capacity_(capacity) {}
 
   int64_t now() const {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now() - epoch_)
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() -
+                                                                epoch_)
         .count();
   }
   void add(StepRecord record);

@@ -26,6 +26,7 @@
 #include <optional>
 #include <span>
 #include <thread>
+#include <unordered_set>
 #include <vector>
 
 #include "runtime/device.hpp"
@@ -38,8 +39,8 @@
 namespace l3ext {
 
 struct PrefetchOptions {
-  int64_t cache_bytes = 0;                   // hot sets of all layers together
-  int64_t ring_bytes = int64_t{128} << 20;   // rings of all layers together
+  int64_t cache_bytes = 0;                  // hot sets of all layers together
+  int64_t ring_bytes = int64_t{128} << 20;  // rings of all layers together
   int num_workers = 2;
   int64_t piece_bytes = int64_t{256} << 10;  // what one worker reads at a time
   int64_t record_steps = 1024;               // kept by the ledger
@@ -80,24 +81,35 @@ class Prefetcher {
   struct Layer;
   struct Fetch;
   struct StepState;
+  struct Worker;
 
   Prefetcher(std::vector<Table> tables, std::shared_ptr<Device> device,
              const PrefetchOptions& options);
   ~Prefetcher();
 
   void start_workers();
-  void load_hot_sets();
-  std::shared_ptr<Fetch> plan_layer(int64_t layer, std::span<const int32_t> tokens);
-  void place(Fetch& fetch, std::span<const int32_t> tokens);
-  void work(int worker);
-  void run_pieces(Fetch& fetch, CopyQueue& queue, std::byte* scratch);
-  void leave(const std::shared_ptr<Fetch>& fetch, const WorkerSpan& span);
-  void abandon(Fetch& fetch);
-  void give_back(Fetch& fetch);
-  void end(StepState& step);
-  void check_usable() const;
-  void check_process() const;
   void stop_workers();
+  void load_hot_sets();
+
+  void work(int index, Worker& worker);
+  static void run_pieces(Fetch& fetch, Worker& worker);
+  static void check_block(const Table& table, const Block& block, uint32_t checksum);
+  static void check_parts(const Fetch& fetch);
+
+  static std::shared_ptr<Fetch> count(Layer& layer, std::span<const int32_t> tokens);
+  static void place(Fetch& fetch, std::span<const int32_t> tokens,
+                    const std::shared_ptr<Device>& device);
+
+  // With mutex_ held:
+  static void take_rows(Fetch& fetch);
+  void enqueue(const std::shared_ptr<Fetch>& fetch);
+  void leave(Fetch& fetch, const WorkerSpan& span, std::exception_ptr error);
+  void end_locked(StepState& step);
+  void give_back(Fetch& fetch);
+  void check_open() const;
+
+  void check_process() const;
+  void check_layer(int64_t layer) const;
 
   const PrefetchOptions options_;
   const pid_t process_;
@@ -106,12 +118,12 @@ class Prefetcher {
   int64_t vocab_size_ = 0;
   std::vector<LayerPlacement> placement_;
 
-  mutable std::mutex mutex_;  // guards all below and what they point to
+  mutable std::mutex mutex_;      // guards all below and what they point to
   std::condition_variable work_;  // there is something in the queue, or stopping
   std::condition_variable done_;  // a fetch is complete, a step ended, or closed
   std::vector<std::unique_ptr<Layer>> layers_;
   std::deque<std::shared_ptr<Fetch>> queue_;
-  std::vector<std::weak_ptr<StepState>> open_steps_;
+  std::unordered_set<StepState*> open_steps_;
   int64_t next_step_ = 0;
   bool stopping_ = false;
   bool closed_ = false;
@@ -145,6 +157,7 @@ class Prefetcher::Step {
   friend class Prefetcher;
   Step(std::shared_ptr<Prefetcher> prefetcher, std::shared_ptr<StepState> state)
       : prefetcher_(std::move(prefetcher)), state_(std::move(state)) {}
+  void check_open() const;  // with the prefetcher's mutex_ held
 
   std::shared_ptr<Prefetcher> prefetcher_;
   std::shared_ptr<StepState> state_;

@@ -29,7 +29,7 @@ class RowRing {
     bool released;
   };
   int64_t rows_;
-  std::deque<Slot> slots_;  // oldest first
+  std::deque<Slot> slots_;    // oldest first
   int64_t first_ticket_ = 0;  // of slots_.front()
 };
 

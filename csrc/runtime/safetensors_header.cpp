@@ -108,8 +108,8 @@ class Parser {
   }
 
   void space() {
-    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\r' ||
-                                  text_[at_] == '\t')) {
+    while (at_ < text_.size() &&
+           (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\r' || text_[at_] == '\t')) {
       ++at_;
     }
   }
@@ -120,7 +120,7 @@ class Parser {
     return true;
   }
   void expect(char c) {
-    if (!take(c)) fail(std::string("'") + c + "'");
+    if (!take(c)) fail(concat("'", c, "'"));
   }
   [[noreturn]] void fail(const std::string& expected) const {
     throw Error::io(path_, 0,
@@ -170,16 +170,17 @@ void check_safetensors_layout(const SafetensorsHeader& header, int64_t data_byte
   int64_t reached = 0;
   for (const auto& [begin, end] : ranges) {
     if (begin != reached) {
-      throw Error::io(path, 0,
-                      concat("header: expected a tensor at data offset ", reached, ", got one at ",
-                             begin));
+      throw Error::io(
+          path, 0,
+          concat("header: expected a tensor at data offset ", reached, ", got one at ", begin));
     }
     reached = end;
   }
   if (reached != data_bytes) {
-    throw Error::io(path, 0,
-                    concat("expected ", reached, " bytes of tensors after the header, the file has ",
-                           data_bytes, ": it was cut short or is corrupt"));
+    throw Error::io(
+        path, 0,
+        concat("expected ", reached, " bytes of tensors after the header, the file has ",
+               data_bytes, ": it was cut short or is corrupt"));
   }
 }
 
@@ -218,12 +219,11 @@ const char* safetensors_dtype(DType dtype) {
 }
 
 DType dtype_from_safetensors(const std::string& name, const std::string& path) {
-  for (const DType dtype :
-       {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     if (name == safetensors_dtype(dtype)) return dtype;
   }
-  throw Error::io(path, 0, concat("header: expected a table of F64, F32, BF16 or F16, got '", name,
-                                  "'"));
+  throw Error::io(path, 0,
+                  concat("header: expected a table of F64, F32, BF16 or F16, got '", name, "'"));
 }
 
 }  // namespace l3ext

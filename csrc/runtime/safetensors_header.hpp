@@ -1,7 +1,7 @@
 // The JSON header of a safetensors file: an 8-byte little-endian length, then
-// {"__metadata__": {string: string}, name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
-// and the tensors' bytes without holes. The parser takes this grammar and nothing else: no escapes,
-// no negative or fractional numbers, no unknown or repeated fields, no recursion.
+// {"__metadata__": {string: string}, name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [0,
+// 24]}} and the tensors' bytes without holes. The parser takes this grammar and nothing else: no
+// escapes, no negative or fractional numbers, no unknown or repeated fields, no recursion.
 #pragma once
 
 #include <cstdint>

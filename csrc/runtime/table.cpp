@@ -22,8 +22,8 @@ void TableShape::check(const std::string& name) const {
   dispatch_float(dtype, name.c_str(), [](auto) {});
   // The bound keeps every product of a row count and a row size far from overflow.
   constexpr int64_t kMaxColumns = int64_t{1} << 24;
-  L3EXT_CHECK(d_in > 0 && d_in <= kMaxColumns, name, ".d_in: expected 1 to ", kMaxColumns,
-              ", got ", d_in);
+  L3EXT_CHECK(d_in > 0 && d_in <= kMaxColumns, name, ".d_in: expected 1 to ", kMaxColumns, ", got ",
+              d_in);
   L3EXT_CHECK(d_emb > 0 && d_emb <= kMaxColumns, name, ".d_emb: expected 1 to ", kMaxColumns,
               ", got ", d_emb);
   L3EXT_CHECK(!tied || d_emb == d_in, name, ".d_emb: expected ", d_in,

@@ -41,7 +41,8 @@ class TableSource {
   virtual Error corrupt(int64_t begin, const std::string& what) const = 0;
 };
 
-// A table in host memory, used in place. `owner` keeps the memory alive.
+// A table in host memory, used in place. `owner` keeps the memory alive; letting go of it may take
+// locks (Python's), so the runtime does that while it holds none of its own.
 class RamTable final : public TableSource {
  public:
   RamTable(const void* data, std::shared_ptr<void> owner)
@@ -58,9 +59,9 @@ class RamTable final : public TableSource {
 
 struct TableShape {
   DType dtype = DType::kFloat32;
-  int64_t d_in = 0;    // key columns
-  int64_t d_emb = 0;   // value columns
-  bool tied = false;   // values are the keys: d_emb == d_in, stored once
+  int64_t d_in = 0;   // key columns
+  int64_t d_emb = 0;  // value columns
+  bool tied = false;  // values are the keys: d_emb == d_in, stored once
   int64_t width() const { return tied ? d_in : d_in + d_emb; }
   int64_t row_bytes() const { return width() * static_cast<int64_t>(dtype_bytes(dtype)); }
   bool operator==(const TableShape&) const = default;

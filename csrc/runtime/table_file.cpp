@@ -25,10 +25,10 @@ constexpr const char* kVersion = "1";
 // for the rows, it identifies the whole content.
 uint32_t content_checksum(uint32_t crc, int64_t layer, const TableShape& shape,
                           const RowOwners& owners, const std::vector<uint32_t>& checksums) {
-  const std::string text = concat("layer ", layer, " ", dtype_name(shape.dtype), " d_in ",
-                                  shape.d_in, " d_emb ", shape.d_emb, " tied ", shape.tied,
-                                  " vocab ", owners.vocab_size(), " frequency ",
-                                  !owners.frequency.empty(), "\n");
+  const std::string text =
+      concat("layer ", layer, " ", dtype_name(shape.dtype), " d_in ", shape.d_in, " d_emb ",
+             shape.d_emb, " tied ", shape.tied, " vocab ", owners.vocab_size(), " frequency ",
+             !owners.frequency.empty(), "\n");
   crc = crc32c(text.data(), text.size(), crc);
   crc = crc32c(owners.offsets.data(), owners.offsets.size() * 8, crc);
   crc = crc32c(owners.frequency.data(), owners.frequency.size() * 8, crc);
@@ -42,8 +42,8 @@ std::string layer_key(int64_t layer, const char* field) {
 // Lays the tensors out one after another and remembers what to write.
 class Layout {
  public:
-  void add(const std::string& name, const char* dtype, std::vector<int64_t> shape,
-           const void* data, int64_t bytes) {
+  void add(const std::string& name, const char* dtype, std::vector<int64_t> shape, const void* data,
+           int64_t bytes) {
     header.tensors[name] = {dtype, std::move(shape), end_, end_ + bytes};
     parts.emplace_back(data, bytes);
     end_ += bytes;
@@ -87,7 +87,8 @@ class Opener {
   std::vector<Table> open() {
     read_header();
     const int64_t layers = number("layers");
-    if (layers < 1 || layers > kMaxLayers) fail(concat("metadata.layers: expected 1 to ", kMaxLayers));
+    if (layers < 1 || layers > kMaxLayers)
+      fail(concat("metadata.layers: expected 1 to ", kMaxLayers));
     std::vector<Table> tables;
     uint32_t crc = 0;
     for (int64_t layer = 0; layer < layers; ++layer) {
@@ -146,7 +147,8 @@ class Opener {
       fail(concat(key, ": expected shape [v, ", table.shape.width(), "]"));
     }
     const int64_t begin = data_begin_ + rows.begin;
-    if (begin % kAlignment != 0) fail(concat(key, ": expected an offset divisible by ", kAlignment));
+    if (begin % kAlignment != 0)
+      fail(concat(key, ": expected an offset divisible by ", kAlignment));
 
     auto owners = std::make_shared<RowOwners>();
     if (checksums.shape.size() != 1) fail(concat(key, ": expected crc32c of shape [V]"));
@@ -196,8 +198,8 @@ class Opener {
   void copy(int64_t begin, int64_t bytes, void* target) {
     constexpr int64_t kChunk = int64_t{1} << 20;
     if (!scratch_) {
-      scratch_.reset(static_cast<std::byte*>(::operator new(
-          kChunk + TableSource::kScratchMargin, std::align_val_t{kAlignment})));
+      scratch_.reset(static_cast<std::byte*>(
+          ::operator new (kChunk + TableSource::kScratchMargin, std::align_val_t{kAlignment})));
     }
     auto* to = static_cast<std::byte*>(target);
     for (int64_t done = 0; done < bytes; done += kChunk) {
@@ -231,7 +233,7 @@ class Opener {
   [[noreturn]] void fail(const std::string& message) const { throw Error::io(path_, 0, message); }
 
   struct AlignedDelete {
-    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
+    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kAlignment}); }
   };
 
   std::shared_ptr<FileReader> reader_;

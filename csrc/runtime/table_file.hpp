@@ -1,4 +1,5 @@
-// One file holds all tables of a model: a safetensors file (any safetensors reader opens it) in which
+// One file holds all tables of a model: a safetensors file (any safetensors reader opens it) in
+// which
 //   layers.{i}.table      [v, width]  row-interleaved keys and values; starts at a multiple of 4096
 //   layers.{i}.offsets    I64 [V+1]   rows of token t: offsets[t]..offsets[t+1]
 //   layers.{i}.crc32c     U32 [V]     checksum of each token's block
