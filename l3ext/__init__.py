@@ -8,8 +8,18 @@ import torch  # noqa: F401
 
 from l3ext import _C
 from l3ext.ops import Plan, plan, segmented_attention
+from l3ext.runtime import PrefetchRuntime, offload
+from l3ext.tables import LookupTable
 
 __version__: str = _C.version
 has_cuda: bool = _C.has_cuda
 
-__all__ = ["Plan", "has_cuda", "plan", "segmented_attention"]
+__all__ = [
+    "LookupTable",
+    "Plan",
+    "PrefetchRuntime",
+    "has_cuda",
+    "offload",
+    "plan",
+    "segmented_attention",
+]

@@ -56,6 +56,9 @@ class Prefetcher {
   static std::shared_ptr<Prefetcher> create(std::vector<Table> tables,
                                             std::shared_ptr<Device> device,
                                             const PrefetchOptions& options);
+  ~Prefetcher();
+  Prefetcher(const Prefetcher&) = delete;
+  Prefetcher& operator=(const Prefetcher&) = delete;
 
   // `token_ids`: any order, repeats allowed. Throws kValue naming the first id outside [0, V)
   // before anything is queued.
@@ -85,7 +88,6 @@ class Prefetcher {
 
   Prefetcher(std::vector<Table> tables, std::shared_ptr<Device> device,
              const PrefetchOptions& options);
-  ~Prefetcher();
 
   void start_workers();
   void stop_workers();
@@ -136,6 +138,8 @@ class Prefetcher::Step {
   Step(Step&&) noexcept = default;
   Step& operator=(Step&&) = delete;
   ~Step();
+
+  const Prefetcher& prefetcher() const { return *prefetcher_; }
 
   // The distinct ids of the step, ascending: segment s belongs to tokens()[s].
   std::span<const int32_t> tokens() const;
