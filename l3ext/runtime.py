@@ -27,7 +27,10 @@ _DIRECT_IO = {"auto": _C.DirectIo.AUTO, True: _C.DirectIo.ON, False: _C.DirectIo
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """What one layer of one step cost. Times are µs since the runtime was made; 0: did not happen."""
+    """What one layer of one step cost.
+
+    Times are µs since the runtime was made; 0: did not happen.
+    """
 
     tokens: int  #: distinct tokens
     rows: int  #: that they own
@@ -349,7 +352,7 @@ def offload(
             "model: expected one model with lookup layers, got "
             f"{len(layers)} lookup layers and {len(runners)} modules that run them"
         )
-    (runner,) = runners
+    runner: Any = runners[0]
     if any(layer.table is None for layer in layers):
         raise RuntimeError("model: its tables have been offloaded already")
     tables = [
@@ -372,11 +375,7 @@ def offload(
 
 
 def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"

@@ -25,6 +25,7 @@ struct TensorView {
     return count;
   }
   bool contiguous() const {
+    if (numel() == 0) return true;  // whatever the strides say
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
       if (shape[i] != 1 && strides[i] != expected) return false;

@@ -99,7 +99,7 @@ class Parser {
     const size_t start = at_;
     while (at_ < text_.size() && text_[at_] != '"') {
       const auto c = static_cast<unsigned char>(text_[at_]);
-      if (c < 0x20 || c == '\\') fail("a string without escapes");
+      if (c < 0x20 || c > 0x7e || c == '\\') fail("a string of plain ASCII");
       ++at_;
     }
     std::string value(text_.substr(start, at_ - start));

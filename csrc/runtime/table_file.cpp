@@ -199,7 +199,7 @@ class Opener {
     constexpr int64_t kChunk = int64_t{1} << 20;
     if (!scratch_) {
       scratch_.reset(static_cast<std::byte*>(
-          ::operator new (kChunk + TableSource::kScratchMargin, std::align_val_t{kAlignment})));
+          ::operator new(kChunk + TableSource::kScratchMargin, std::align_val_t{kAlignment})));
     }
     auto* to = static_cast<std::byte*>(target);
     for (int64_t done = 0; done < bytes; done += kChunk) {
@@ -233,7 +233,7 @@ class Opener {
   [[noreturn]] void fail(const std::string& message) const { throw Error::io(path_, 0, message); }
 
   struct AlignedDelete {
-    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kAlignment}); }
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
   };
 
   std::shared_ptr<FileReader> reader_;
