@@ -105,7 +105,7 @@ class Prefetcher {
   // With mutex_ held:
   static void take_rows(Fetch& fetch);
   void enqueue(const std::shared_ptr<Fetch>& fetch);
-  void leave(Fetch& fetch, const WorkerSpan& span, std::exception_ptr error);
+  void leave(Fetch& fetch, const WorkerSpan& span, const std::exception_ptr& error);
   void end_locked(StepState& step);
   void give_back(Fetch& fetch);
   void check_open() const;

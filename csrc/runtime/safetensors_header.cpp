@@ -191,7 +191,7 @@ std::string format_safetensors_header(const SafetensorsHeader& header, int64_t a
     json += concat(comma, '"', key, "\":\"", value, '"');
     comma = ",";
   }
-  json += "}";
+  json += '}';
   for (const auto& [name, tensor] : header.tensors) {
     json += concat(",\"", name, "\":{\"dtype\":\"", tensor.dtype, "\",\"shape\":[");
     comma = "";
@@ -201,7 +201,7 @@ std::string format_safetensors_header(const SafetensorsHeader& header, int64_t a
     }
     json += concat("],\"data_offsets\":[", tensor.begin, ",", tensor.end, "]}");
   }
-  json += "}";
+  json += '}';
   json.resize((json.size() + 8 + alignment - 1) / alignment * alignment - 8, ' ');
   std::string bytes(8, '\0');
   for (int i = 0; i < 8; ++i) bytes[i] = static_cast<char>(json.size() >> (8 * i) & 0xff);
