@@ -103,3 +103,5 @@ void lzw_grant(benchmark::State& state) {
 BENCHMARK(lzw_grant)->Unit(benchmark::kMillisecond);
 
 }  // namespace
+
+BENCHMARK_MAIN();

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from l3ext.allocation import Allocation, LZWCounter, allocate
     from l3ext.nn import L3Layer
     from l3ext.ops import Plan, plan, segmented_attention
+    from l3ext.runtime import PrefetchRuntime, offload
+    from l3ext.tables import LookupTable
 
     __version__: str
     has_cuda: bool
@@ -17,9 +19,12 @@ __all__ = [
     "Allocation",
     "L3Layer",
     "LZWCounter",
+    "LookupTable",
     "Plan",
+    "PrefetchRuntime",
     "allocate",
     "has_cuda",
+    "offload",
     "plan",
     "segmented_attention",
 ]
@@ -34,6 +39,9 @@ _HOMES = {
     "Plan": "l3ext.ops",
     "plan": "l3ext.ops",
     "segmented_attention": "l3ext.ops",
+    "PrefetchRuntime": "l3ext.runtime",
+    "offload": "l3ext.runtime",
+    "LookupTable": "l3ext.tables",
 }
 _NATIVE_FACTS = {"__version__": "version", "has_cuda": "has_cuda"}
 

@@ -1,7 +1,305 @@
+// Tables, table files, the prefetcher and its ledger.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "python/bindings.hpp"
+#include "python/tensor_arg.hpp"
+#include "runtime/host_device.hpp"
+#include "runtime/prefetcher.hpp"
+#include "runtime/table_file.hpp"
+
+namespace py = pybind11;
 
 namespace l3ext::python {
+namespace {
 
-void bind_runtime(pybind11::module_&) {}
+// A table in RAM (data is not null) or in a file.
+struct PyTable {
+  Table table;
+  const void* data = nullptr;
+};
+
+// Keeps a Python object alive from C++; the last owner may be any thread, without the GIL.
+std::shared_ptr<void> keep(py::object object) {
+  return {new py::object(std::move(object)), [](void* kept) {
+            py::gil_scoped_acquire gil;
+            delete static_cast<py::object*>(kept);
+          }};
+}
+
+std::vector<int64_t> int64_vector(const TensorArg& array, const char* argument) {
+  check_host(array.view(), argument);
+  check_dtype(array.view(), argument, DType::kInt64);
+  check_shape(array.view(), argument, {-1});
+  check_contiguous(array.view(), argument);
+  return {array->as<int64_t>(), array->as<int64_t>() + array->shape[0]};
+}
+
+PyTable make_table(const py::object& data, const TensorArg& offsets, const py::object& frequency,
+                   int64_t d_in, bool tied) {
+  const TensorArg rows = TensorArg::from_object(data);
+  check_host(rows.view(), "data");
+  check_shape(rows.view(), "data", {-1, -1});
+  check_contiguous(rows.view(), "data");
+  PyTable result;
+  const int64_t width = rows->shape[1];
+  L3EXT_CHECK(tied ? d_in == width : d_in < width, "data: expected ",
+              tied ? "exactly" : "more than", " d_in = ", d_in, " columns",
+              tied ? " (tied)" : " (keys, then values)", ", got ", width);
+  result.table.shape = {rows->dtype, d_in, tied ? d_in : width - d_in, tied};
+  result.table.shape.check("table");
+  auto owners = std::make_shared<RowOwners>();
+  owners->offsets = int64_vector(offsets, "offsets");
+  if (!frequency.is_none()) {
+    owners->frequency = int64_vector(TensorArg::from_object(frequency), "frequency");
+  }
+  owners->check(rows->shape[0], "table");
+  result.table.owners = std::move(owners);
+  result.table.source = std::make_shared<RamTable>(rows->data, keep(data));
+  result.data = rows->data;
+  return result;
+}
+
+template <typename T>
+py::array_t<T> numpy_array(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+std::vector<TableData> table_data(const std::vector<PyTable>& tables) {
+  std::vector<TableData> data;
+  for (const PyTable& table : tables) {
+    L3EXT_CHECK(table.data != nullptr, "tables: expected tables in RAM, got one in a file");
+    data.push_back({table.table.shape, table.table.owners, table.data});
+  }
+  return data;
+}
+
+std::vector<Table> runtime_tables(const std::vector<PyTable>& tables) {
+  std::vector<Table> result;
+  for (const PyTable& table : tables) result.push_back(table.table);
+  return result;
+}
+
+// The first rows * width elements of a buffer as a DLPack capsule, which shares the ownership.
+py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const TableShape& shape,
+                         int64_t rows) {
+  struct Export {
+    DLManagedTensor tensor{};
+    int64_t shape[2];
+    std::shared_ptr<DeviceBuffer> buffer;
+  };
+  auto* exported = new Export{{}, {rows, shape.width()}, std::move(buffer)};
+  DLTensor& tensor = exported->tensor.dl_tensor;
+  tensor.data = exported->buffer->data();
+  tensor.device = {kDLCPU, 0};
+  tensor.ndim = 2;
+  tensor.dtype = {static_cast<uint8_t>(shape.dtype == DType::kBFloat16 ? kDLBfloat : kDLFloat),
+                  static_cast<uint8_t>(8 * dtype_bytes(shape.dtype)), 1};
+  tensor.shape = exported->shape;
+  exported->tensor.manager_ctx = exported;
+  exported->tensor.deleter = [](DLManagedTensor* self) {
+    delete static_cast<Export*>(self->manager_ctx);
+  };
+  return py::capsule(&exported->tensor, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // somebody took it
+    auto* self = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    self->deleter(self);
+  });
+}
+
+double to_us(int64_t ns) { return static_cast<double>(ns) * 1e-3; }
+
+py::dict step_dict(const StepRecord& step) {
+  py::list layers;
+  for (const LayerRecord& layer : step.layers) {
+    py::dict facts;
+    facts["tokens"] = layer.tokens;
+    facts["rows"] = layer.rows;
+    facts["bytes"] = layer.bytes;
+    facts["hits"] = layer.hits;
+    facts["hit_bytes"] = layer.hit_bytes;
+    facts["spilled"] = layer.spilled;
+    facts["cancelled"] = layer.cancelled;
+    facts["fetch_us"] = to_us(layer.fetch_end_ns - layer.fetch_begin_ns);
+    facts["exposed_us"] = to_us(layer.exposed_ns);
+    facts["fetch_begin_us"] = to_us(layer.fetch_begin_ns);
+    facts["fetch_end_us"] = to_us(layer.fetch_end_ns);
+    facts["wait_begin_us"] = to_us(layer.wait_begin_ns);
+    facts["wait_end_us"] = to_us(layer.wait_end_ns);
+    layers.append(std::move(facts));
+  }
+  py::dict facts;
+  facts["step"] = step.step;
+  facts["begin_us"] = to_us(step.begin_ns);
+  facts["end_us"] = to_us(step.end_ns);
+  facts["layers"] = std::move(layers);
+  return facts;
+}
+
+py::dict totals_dict(const LedgerTotals& totals) {
+  py::dict facts;
+  facts["steps"] = totals.steps;
+  facts["tokens"] = totals.tokens;
+  facts["rows"] = totals.rows;
+  facts["bytes"] = totals.bytes;
+  facts["hits"] = totals.hits;
+  facts["hit_bytes"] = totals.hit_bytes;
+  facts["spilled"] = totals.spilled;
+  facts["fetch_us"] = to_us(totals.fetch_ns);
+  facts["exposed_us"] = to_us(totals.exposed_ns);
+  return facts;
+}
+
+void bind_tables(py::module_& module) {
+  py::class_<PyTable>(module, "Table")
+      .def(py::init(&make_table), py::arg("data"), py::arg("offsets"), py::arg("frequency"),
+           py::arg("d_in"), py::arg("tied"))
+      .def_property_readonly("dtype",
+                             [](const PyTable& t) { return dtype_name(t.table.shape.dtype); })
+      .def_property_readonly("d_in", [](const PyTable& t) { return t.table.shape.d_in; })
+      .def_property_readonly("d_emb", [](const PyTable& t) { return t.table.shape.d_emb; })
+      .def_property_readonly("tied", [](const PyTable& t) { return t.table.shape.tied; })
+      .def_property_readonly("offsets",
+                             [](const PyTable& t) { return numpy_array(t.table.owners->offsets); })
+      .def("checksums",
+           [](const PyTable& t) {
+             if (t.data == nullptr) return numpy_array(t.table.checksums);
+             std::vector<uint32_t> checksums;
+             {
+               py::gil_scoped_release release;
+               checksums = block_checksums(t.data, t.table.shape.row_bytes(), *t.table.owners);
+             }
+             return numpy_array(checksums);
+           })
+      .def("drop_checksums", [](PyTable& t) { t.table.checksums.clear(); });
+
+  py::enum_<DirectIo>(module, "DirectIo")
+      .value("AUTO", DirectIo::kAuto)
+      .value("ON", DirectIo::kOn)
+      .value("OFF", DirectIo::kOff);
+  py::class_<TableFile>(module, "TableFile")
+      .def(py::init<const std::string&, DirectIo>(), py::arg("path"), py::arg("direct_io"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("direct", &TableFile::direct)
+      .def("tables", [](const TableFile& file) {
+        std::vector<PyTable> tables;
+        for (const Table& table : file.tables()) tables.push_back({table, nullptr});
+        return tables;
+      });
+  module.def(
+      "write_table_file",
+      [](const std::string& path, const std::vector<PyTable>& tables) {
+        const std::vector<TableData> data = table_data(tables);
+        py::gil_scoped_release release;
+        write_table_file(path, data, interrupted);
+      },
+      py::arg("path"), py::arg("tables"));
+}
+
+void bind_ledger(py::module_& module) {
+  py::class_<Ledger, std::shared_ptr<Ledger>>(module, "Ledger")
+      .def("steps",
+           [](const Ledger& ledger) {
+             py::list steps;
+             for (const StepRecord& step : ledger.steps()) steps.append(step_dict(step));
+             return steps;
+           })
+      .def("totals", [](const Ledger& ledger) { return totals_dict(ledger.totals()); })
+      .def("clear", &Ledger::clear)
+      .def("write_chrome_trace", &Ledger::write_chrome_trace, py::arg("path"),
+           py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_prefetcher(py::module_& module) {
+  using Step = Prefetcher::Step;
+  py::class_<Step>(module, "PrefetchStep")
+      .def(
+          "wait",
+          [](Step& step, int64_t layer, const TensorArg& segment_rows) {
+            const auto segments = static_cast<int64_t>(step.tokens().size());
+            check_dtype(segment_rows.view(), "segment_rows", DType::kInt64);
+            check_shape(segment_rows.view(), "segment_rows", {segments, 2});
+            check_contiguous(segment_rows.view(), "segment_rows");
+            check_writable(segment_rows.view(), "segment_rows");
+            py::gil_scoped_release release;
+            step.wait(layer, interrupted);
+            step.segment_rows(layer, segment_rows->as<int64_t>());
+          },
+          py::arg("layer"), py::arg("segment_rows"))
+      .def(
+          "spill",
+          [](const Step& step, int64_t layer) -> py::object {
+            auto buffer = step.spill(layer);
+            if (!buffer) return py::none();
+            const TableShape& shape = step.prefetcher().shape(layer);
+            const int64_t rows = static_cast<int64_t>(buffer->bytes()) / shape.row_bytes();
+            return rows_capsule(std::move(buffer), shape, rows);
+          },
+          py::arg("layer"))
+      .def("end", &Step::end, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<Prefetcher, std::shared_ptr<Prefetcher>>(module, "Prefetcher")
+      .def(py::init([](const std::vector<PyTable>& tables, int64_t cache_bytes, int64_t ring_bytes,
+                       int num_workers, int64_t piece_bytes, int64_t record_steps, bool poison) {
+             std::vector<Table> sources = runtime_tables(tables);
+             py::gil_scoped_release release;
+             return Prefetcher::create(std::move(sources), std::make_shared<HostDevice>(),
+                                       {.cache_bytes = cache_bytes,
+                                        .ring_bytes = ring_bytes,
+                                        .num_workers = num_workers,
+                                        .piece_bytes = piece_bytes,
+                                        .record_steps = record_steps,
+                                        .poison = poison});
+           }),
+           py::arg("tables"), py::kw_only(), py::arg("cache_bytes"), py::arg("ring_bytes"),
+           py::arg("num_workers"), py::arg("piece_bytes"), py::arg("record_steps"),
+           py::arg("poison"))
+      .def(
+          "begin",
+          [](const std::shared_ptr<Prefetcher>& self, const TensorArg& tokens) {
+            check_host(tokens.view(), "token_ids");
+            check_dtype(tokens.view(), "token_ids", DType::kInt32);
+            check_shape(tokens.view(), "token_ids", {-1});
+            check_contiguous(tokens.view(), "token_ids");
+            py::gil_scoped_release release;
+            return Prefetcher::begin(
+                self, {tokens->as<int32_t>(), static_cast<size_t>(tokens->shape[0])});
+          },
+          py::arg("token_ids"))
+      .def(
+          "arena",
+          [](const Prefetcher& self, int64_t layer) {
+            return rows_capsule(self.arena(layer), self.shape(layer), self.arena_rows(layer));
+          },
+          py::arg("layer"))
+      .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("ledger", &Prefetcher::ledger)
+      .def("placement", [](const Prefetcher& self) {
+        py::list layers;
+        for (const Prefetcher::LayerPlacement& layer : self.placement()) {
+          py::dict facts;
+          facts["table_bytes"] = layer.table_bytes;
+          facts["hot_tokens"] = layer.hot_tokens;
+          facts["hot_bytes"] = layer.hot_bytes;
+          facts["ring_bytes"] = layer.ring_bytes;
+          layers.append(std::move(facts));
+        }
+        return layers;
+      });
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& module) {
+  bind_tables(module);
+  bind_ledger(module);
+  bind_prefetcher(module);
+}
 
 }  // namespace l3ext::python

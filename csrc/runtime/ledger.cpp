@@ -1,0 +1,144 @@
+#include "runtime/ledger.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+#include "core/atomic_file.hpp"
+#include "core/error.hpp"
+
+namespace l3ext {
+namespace {
+
+// Trace lanes ("threads"): workers from 1000 on, then two lanes for each concurrent step.
+constexpr int kWorkerLane = 1000;
+
+class TraceWriter {
+ public:
+  explicit TraceWriter(const std::string& path) : file_(path) {
+    put("{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
+  }
+  void name_lane(int lane, const std::string& name) {
+    put(concat("{\"ph\":\"M\",\"pid\":1,\"tid\":", lane,
+               ",\"name\":\"thread_name\",\"args\":{\"name\":\"", name, "\"}},\n"));
+  }
+  void span(const char* name, int64_t step, int64_t layer, int lane, int64_t begin_ns,
+            int64_t end_ns, int64_t bytes) {
+    char times[96];
+    std::snprintf(times, sizeof times, "\"ts\":%.3f,\"dur\":%.3f",
+                  static_cast<double>(begin_ns) * 1e-3,
+                  static_cast<double>(end_ns - begin_ns) * 1e-3);
+    put(concat("{\"ph\":\"X\",\"pid\":1,\"tid\":", lane, ",\"cat\":\"", name, "\",\"name\":\"",
+               name, " layer ", layer, "\",", times, ",\"args\":{\"step\":", step,
+               ",\"layer\":", layer, ",\"bytes\":", bytes, "}},\n"));
+  }
+  void commit() {
+    put("{\"ph\":\"M\",\"pid\":1,\"tid\":0,\"name\":\"process_name\","
+        "\"args\":{\"name\":\"l3ext\"}}\n]}\n");
+    file_.commit();
+  }
+
+ private:
+  void put(const std::string& text) { file_.write(text.data(), text.size()); }
+  AtomicFile file_;
+};
+
+// The steps in the order in which they began, each on the first lane that is free by then: spans of
+// one lane never overlap.
+std::vector<int> assign_lanes(std::vector<StepRecord>& steps) {
+  std::sort(steps.begin(), steps.end(),
+            [](const auto& a, const auto& b) { return a.begin_ns < b.begin_ns; });
+  std::vector<int> lanes;
+  std::vector<int64_t> free_from;
+  for (const StepRecord& step : steps) {
+    size_t lane = 0;
+    while (lane < free_from.size() && free_from[lane] > step.begin_ns) ++lane;
+    if (lane == free_from.size()) free_from.push_back(0);
+    free_from[lane] = step.end_ns;
+    lanes.push_back(static_cast<int>(lane));
+  }
+  return lanes;
+}
+
+}  // namespace
+
+void Ledger::add(StepRecord record) {
+  const std::scoped_lock lock(mutex_);
+  ++totals_.steps;
+  for (const LayerRecord& layer : record.layers) {
+    totals_.tokens += layer.tokens;
+    totals_.rows += layer.rows;
+    totals_.bytes += layer.bytes;
+    totals_.hits += layer.hits;
+    totals_.hit_bytes += layer.hit_bytes;
+    totals_.spilled += layer.spilled;
+    totals_.fetch_ns += layer.fetch_end_ns - layer.fetch_begin_ns;
+    totals_.exposed_ns += layer.exposed_ns;
+  }
+  if (capacity_ == 0) return;
+  if (static_cast<int64_t>(steps_.size()) == capacity_) steps_.pop_front();
+  steps_.push_back(std::move(record));
+}
+
+void Ledger::clear() {
+  const std::scoped_lock lock(mutex_);
+  steps_.clear();
+  totals_ = {};
+}
+
+std::vector<StepRecord> Ledger::steps() const {
+  const std::scoped_lock lock(mutex_);
+  return {steps_.begin(), steps_.end()};
+}
+
+LedgerTotals Ledger::totals() const {
+  const std::scoped_lock lock(mutex_);
+  return totals_;
+}
+
+void Ledger::write_chrome_trace(const std::string& path) const {
+  std::vector<StepRecord> steps = this->steps();
+  const std::vector<int> lanes = assign_lanes(steps);
+  int workers = 0;
+  int step_lanes = 0;
+  TraceWriter trace(path);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const StepRecord& step = steps[i];
+    const int compute_lane = 2 * lanes[i] + 1;
+    step_lanes = std::max(step_lanes, lanes[i] + 1);
+
+    std::vector<std::pair<int64_t, int64_t>> waits;  // (begin, layer)
+    for (int64_t layer = 0; layer < std::ssize(step.layers); ++layer) {
+      const LayerRecord& record = step.layers[layer];
+      for (const WorkerSpan& span : record.spans) {
+        workers = std::max(workers, span.worker + 1);
+        trace.span("fetch", step.step, layer, kWorkerLane + span.worker, span.begin_ns, span.end_ns,
+                   record.bytes);
+      }
+      if (record.wait_end_ns != 0) waits.emplace_back(record.wait_begin_ns, layer);
+    }
+    // Between two waits the caller computes; what comes before a layer's wait is named after it.
+    std::sort(waits.begin(), waits.end());
+    int64_t reached = step.begin_ns;
+    for (const auto& [begin, layer] : waits) {
+      const LayerRecord& record = step.layers[layer];
+      const int64_t wait_begin = std::max(begin, reached);
+      const int64_t wait_end = std::max(record.wait_end_ns, wait_begin);
+      trace.span("compute", step.step, layer, compute_lane, reached, wait_begin, 0);
+      trace.span("wait", step.step, layer, compute_lane + 1, wait_begin, wait_end, record.bytes);
+      reached = wait_end;
+    }
+    trace.span("compute", step.step, std::ssize(step.layers), compute_lane, reached,
+               std::max(step.end_ns, reached), 0);
+  }
+  for (int lane = 0; lane < step_lanes; ++lane) {
+    trace.name_lane(2 * lane + 1, concat("compute ", lane));
+    trace.name_lane(2 * lane + 2, concat("wait ", lane));
+  }
+  for (int worker = 0; worker < workers; ++worker) {
+    trace.name_lane(kWorkerLane + worker, concat("fetch worker ", worker));
+  }
+  trace.commit();
+}
+
+}  // namespace l3ext

@@ -1,0 +1,83 @@
+// One layer's lookup table as the runtime sees it: where its bytes come from, and which rows
+// belong to which token.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/dtype.hpp"
+#include "core/error.hpp"
+
+namespace l3ext {
+
+// Which rows a token owns: rows offsets[t]..offsets[t+1] of the table.
+struct RowOwners {
+  std::vector<int64_t> offsets;    // [V+1], from 0, never falling
+  std::vector<int64_t> frequency;  // [V], or empty where unknown
+
+  int64_t vocab_size() const { return static_cast<int64_t>(offsets.size()) - 1; }
+  int64_t total_rows() const { return offsets.back(); }
+  int64_t rows(int64_t token) const { return offsets[token + 1] - offsets[token]; }
+
+  // Throws kValue unless the fields above hold and the rows are `total_rows` in all.
+  void check(int64_t total_rows, const std::string& name) const;
+};
+
+// The bytes of a table, row after row. read() is called from several threads at once.
+class TableSource {
+ public:
+  // What a scratch buffer holds beyond the bytes asked for: room to read whole pages.
+  static constexpr int64_t kScratchMargin = 2 * 4096;
+
+  virtual ~TableSource() = default;
+  // Bytes [begin, begin + bytes): where they lie in host memory already, or read into `scratch`
+  // (aligned to 4096, at least bytes + kScratchMargin long). Throws kIo.
+  virtual const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) = 0;
+  // A content error at `begin`, with the file's path and offset.
+  virtual Error corrupt(int64_t begin, const std::string& what) const = 0;
+};
+
+// A table in host memory, used in place. `owner` keeps the memory alive; letting go of it may take
+// locks (Python's), so the runtime does that while it holds none of its own.
+class RamTable final : public TableSource {
+ public:
+  RamTable(const void* data, std::shared_ptr<void> owner)
+      : data_(static_cast<const std::byte*>(data)), owner_(std::move(owner)) {}
+  const std::byte* read(int64_t begin, int64_t, std::byte*) override { return data_ + begin; }
+  Error corrupt(int64_t begin, const std::string& what) const override {
+    return Error::io("", 0, concat("table in RAM, byte ", begin, ": ", what));
+  }
+
+ private:
+  const std::byte* data_;
+  std::shared_ptr<void> owner_;
+};
+
+struct TableShape {
+  DType dtype = DType::kFloat32;
+  int64_t d_in = 0;   // key columns
+  int64_t d_emb = 0;  // value columns
+  bool tied = false;  // values are the keys: d_emb == d_in, stored once
+  int64_t width() const { return tied ? d_in : d_in + d_emb; }
+  int64_t row_bytes() const { return width() * static_cast<int64_t>(dtype_bytes(dtype)); }
+  bool operator==(const TableShape&) const = default;
+
+  // Throws kValue or kType unless this is a floating-point table of at least one column.
+  void check(const std::string& name) const;
+};
+
+struct Table {
+  TableShape shape;
+  std::shared_ptr<const RowOwners> owners;
+  std::shared_ptr<TableSource> source;
+  std::vector<uint32_t> checksums;  // CRC-32C of each token's block [V]; empty: not verified
+};
+
+// CRC-32C of each token's block of a table in memory.
+std::vector<uint32_t> block_checksums(const void* data, int64_t row_bytes, const RowOwners& owners);
+
+}  // namespace l3ext

@@ -1,0 +1,382 @@
+"""The prefetch runtime: lookup tables that live in RAM or on disk instead of in the model.
+
+The rows of a step follow from its token ids alone. :meth:`PrefetchRuntime.begin` starts to fetch
+them for every layer, nearest layer first, while the model computes; :meth:`Step.wait` blocks only
+for what is not there yet. What was fetched, and how long anybody waited, is in the ledger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+from l3ext import _C
+from l3ext.nn import L3Layer
+from l3ext.ops import Plan, _as_ids, _as_offsets, _plan
+from l3ext.tables import LookupTable, check_same_tables, save_tables
+
+_DIRECT_IO = {"auto": _C.DirectIo.AUTO, True: _C.DirectIo.ON, False: _C.DirectIo.OFF}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What one layer of one step cost.
+
+    Times are µs since the runtime was made; 0: did not happen.
+    """
+
+    tokens: int  #: distinct tokens
+    rows: int  #: that they own
+    bytes: int  #: asked of the table: the rows of the tokens outside the hot set
+    hits: int  #: tokens found in the hot set
+    hit_bytes: int  #: of their rows; ``bytes + hit_bytes`` is all that the layer reads
+    spilled: bool  #: the ring was full: the step had a buffer of its own for this layer
+    cancelled: bool  #: the step ended before all rows were there
+    fetch_us: float  #: from the first worker's start to the last one's end
+    exposed_us: float  #: the part of it that somebody waited for
+    fetch_begin_us: float
+    fetch_end_us: float
+    wait_begin_us: float
+    wait_end_us: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step, from ``begin`` to ``end``."""
+
+    step: int
+    begin_us: float
+    end_us: float
+    layers: list[LayerRecord]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LedgerTotals:
+    """Sums over the layers of all steps that have ended."""
+
+    steps: int
+    tokens: int
+    rows: int
+    bytes: int
+    hits: int
+    hit_bytes: int
+    spilled: int  #: layers of steps that had a buffer of their own
+    fetch_us: float
+    exposed_us: float
+
+
+class Ledger:
+    """What the steps of a runtime cost. Steps are entered when they end."""
+
+    def __init__(self, native: _C.Ledger) -> None:
+        self._native = native
+
+    @property
+    def steps(self) -> list[StepRecord]:
+        """The last ``record_steps`` steps, oldest first."""
+        return [
+            StepRecord(**{**step, "layers": [LayerRecord(**layer) for layer in step["layers"]]})
+            for step in self._native.steps()
+        ]
+
+    @property
+    def totals(self) -> LedgerTotals:
+        """Sums over all steps, also those no longer kept."""
+        return LedgerTotals(**self._native.totals())
+
+    def clear(self) -> None:
+        """Forget everything so far."""
+        self._native.clear()
+
+    def to_chrome_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the kept steps for chrome://tracing or Perfetto: fetch, wait and compute lanes."""
+        self._native.write_chrome_trace(os.fspath(path))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the tables of a runtime are, in bytes over all layers."""
+
+    tier: Literal["ram", "disk"]
+    path: str | None  #: of the table file
+    direct_io: bool  #: the file is read with O_DIRECT
+    verify: bool  #: every block is checked against its checksum when it is read
+    device: str  #: where hot set and rings are
+    num_layers: int
+    num_workers: int
+    table_bytes: int
+    hot_bytes: int
+    hot_tokens: int
+    ring_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """One layer's rows of a step, ready for ``segmented_attention(x, keys, values, plan)``."""
+
+    keys: Tensor  #: [rows, d_in], a view that may be strided; only the plan's rows are the step's
+    values: Tensor  #: [rows, d_emb]; the same tensor as ``keys`` where tied
+    plan: Plan
+
+
+class Step:
+    """The rows of one step, on their way. Ends with its ``with`` block, or when dropped."""
+
+    def __init__(self, runtime: PrefetchRuntime, token_ids: Any) -> None:
+        self._plan = _plan(_as_ids(token_ids), runtime._offsets, check_offsets=False)
+        self._num_segments = int(self._plan.num_segments)
+        self._native = runtime._native.begin(self._plan.segment_tokens[: self._num_segments])
+        self._layers = runtime._layers
+
+    def wait(self, layer: int) -> Rows:
+        """Block until the rows of ``layer`` (0 is the nearest) are there.
+
+        The rows are the runtime's memory, not a copy: do not use them after :meth:`end`.
+
+        Raises:
+            OSError: with the path, where a read failed or a block does not match its checksum. The
+                runtime stays usable, and so do the other layers.
+            ValueError: no such layer.
+            RuntimeError: the step has ended, the runtime is closed, or this is a forked child.
+        """
+        segment_rows = torch.empty(self._num_segments, 2, dtype=torch.int64)
+        self._native.wait(layer, segment_rows)
+        place = self._layers[layer]
+        spill = self._native.spill(layer)
+        keys, values = (place.keys, place.values) if spill is None else place.split(spill)
+        return Rows(keys, values, self._plan.with_rows(segment_rows))
+
+    def end(self) -> None:
+        """Give the rows' memory back; fetches still on their way are cancelled. Idempotent."""
+        self._native.end()
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+class _LayerViews:
+    """Keys and values of one layer's arena: made once, the same for every step."""
+
+    def __init__(self, table: _C.Table, arena: object) -> None:
+        self._d_in = table.d_in
+        self._tied = table.tied
+        self.keys, self.values = self.split(arena)
+
+    def split(self, rows: object) -> tuple[Tensor, Tensor]:
+        matrix = from_dlpack(rows)
+        if self._tied:
+            return matrix, matrix
+        return matrix[:, : self._d_in], matrix[:, self._d_in :]
+
+
+class PrefetchRuntime:
+    """Serves the rows of lookup tables that live in RAM or in a table file.
+
+    Args:
+        tables: one :class:`LookupTable` for each layer, nearest layer first (served from where they
+            are, without a copy), or the path of a table file (:func:`l3ext.tables.save_tables`).
+            All share a vocabulary; their allocations may differ.
+        cache_bytes: bytes for the hot sets, split evenly over the layers: the rows of the tokens
+            that occur most often are loaded now and stay.
+        ring_bytes: bytes for the rows of open steps, split evenly over the layers; at most twice
+            the table is used. A layer's rows that do not fit go to a buffer of their own for
+            that step, which costs an allocation ("spilled" in the ledger).
+        num_workers: threads that read and copy; None: 2 for RAM, 8 for a file
+            (a read waits far longer than it computes).
+        verify: check every block read from a file against its checksum.
+        direct_io: read the file with O_DIRECT, past the page cache. "auto": where the file system
+            allows it; True: an error where it does not; False: through the page cache.
+        record_steps: how many steps the ledger keeps.
+        piece_bytes: what one worker reads at a time, a multiple of 4096.
+        poison: fill rows with NaN when a step ends, so that a use after the end shows; for tests.
+
+    Raises:
+        ValueError, TypeError: options and tables that do not fit.
+        OSError: with the path: unreadable, no table file, cut short or damaged.
+        RuntimeError: no memory, no threads.
+    """
+
+    def __init__(
+        self,
+        tables: str | os.PathLike[str] | Sequence[LookupTable],
+        *,
+        cache_bytes: int = 0,
+        ring_bytes: int = 128 << 20,
+        num_workers: int | None = None,
+        verify: bool = True,
+        direct_io: bool | Literal["auto"] = "auto",
+        record_steps: int = 1024,
+        piece_bytes: int = 256 << 10,
+        poison: bool = False,
+    ) -> None:
+        if direct_io not in _DIRECT_IO:
+            raise ValueError(f'direct_io: expected True, False or "auto", got {direct_io!r}')
+        path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
+        if path is not None:
+            file = _C.TableFile(path, _DIRECT_IO[direct_io])
+            natives = file.tables()
+            if not verify:
+                for table in natives:
+                    table.drop_checksums()
+        else:
+            assert not isinstance(tables, (str, os.PathLike))
+            natives = [table._native() for table in tables]
+        if num_workers is None:
+            num_workers = 2 if path is None else 8
+        self._native = _C.Prefetcher(
+            natives,
+            cache_bytes=cache_bytes,
+            ring_bytes=ring_bytes,
+            num_workers=num_workers,
+            piece_bytes=piece_bytes,
+            record_steps=record_steps,
+            poison=poison,
+        )
+        # The plan needs offsets only to check ids and to order segments: any layer's will do.
+        self._offsets = _as_offsets(natives[0].offsets)
+        self._layers = [
+            _LayerViews(table, self._native.arena(i)) for i, table in enumerate(natives)
+        ]
+        self.ledger = Ledger(self._native.ledger)
+        layers = self._native.placement()
+        self.placement = Placement(
+            tier="ram" if path is None else "disk",
+            path=path,
+            direct_io=path is not None and file.direct,
+            verify=verify and path is not None,
+            device="cpu",
+            num_layers=len(layers),
+            num_workers=num_workers,
+            table_bytes=sum(layer["table_bytes"] for layer in layers),
+            hot_bytes=sum(layer["hot_bytes"] for layer in layers),
+            hot_tokens=sum(layer["hot_tokens"] for layer in layers),
+            ring_bytes=sum(layer["ring_bytes"] for layer in layers),
+        )
+
+    def begin(self, token_ids: Tensor | Any) -> Step:
+        """Start to fetch the rows of these tokens for every layer, and return at once.
+
+        Args:
+            token_ids: integers of any shape; repeats are fetched once.
+
+        Raises:
+            ValueError: an id outside the vocabulary, which and where; nothing is fetched then.
+            RuntimeError: the runtime is closed, or this is a forked child.
+        """
+        return Step(self, token_ids)
+
+    def close(self) -> None:
+        """End open steps, stop the workers, close the file. Idempotent.
+
+        Rows from :meth:`Step.wait` stay valid memory as long as somebody holds them.
+        """
+        self._native.close()
+        self._layers = []
+
+    def __enter__(self) -> PrefetchRuntime:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        place = self.placement
+        where = "RAM" if place.path is None else f"{place.path!r}"
+        if place.path is not None:
+            where += " (O_DIRECT)" if place.direct_io else " (through the page cache)"
+        return (
+            f"PrefetchRuntime({place.num_layers} tables of {_size(place.table_bytes)} in {where}, "
+            f"hot set {_size(place.hot_bytes)} and rings {_size(place.ring_bytes)} on "
+            f"{place.device}, {place.num_workers} workers)"
+        )
+
+
+def offload(
+    model: nn.Module,
+    tier: Literal["ram", "disk"],
+    path: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 0,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> PrefetchRuntime:
+    """Move a model's lookup tables out of it; ``generate`` works as before, with the same bits.
+
+    Args:
+        model: with :class:`l3ext.nn.L3Layer` layers.
+        tier: where the tables go: "ram" keeps them in host memory outside the model; "disk" writes
+            them to ``path`` and frees their memory.
+        path: of the table file, for "disk". A file that is there already must hold exactly these
+            tables, and is used.
+        cache_bytes: bytes of rows that stay at hand, see :class:`PrefetchRuntime`.
+        device: that will compute; None or "cpu".
+        options: further options of :class:`PrefetchRuntime`.
+
+    Returns:
+        The runtime; also set as ``l3_runtime`` of the module that runs the steps.
+
+    Raises:
+        ValueError: a wrong tier or path, no lookup layers, an existing file with other tables.
+        OSError: the file cannot be written or read. Whatever fails, the model is left as it was.
+        RuntimeError: the model is offloaded already, or a device without support.
+    """
+    if tier not in ("ram", "disk"):
+        raise ValueError(f'tier: expected "ram" or "disk", got {tier!r}')
+    if (tier == "disk") != (path is not None):
+        wanted = "the path of the table file" if tier == "disk" else 'None (only "disk" has a file)'
+        raise ValueError(f"path: expected {wanted}, got {path!r}")
+    if device is not None and torch.device(device).type != "cpu":
+        raise RuntimeError(f'device: this build prefetches for "cpu" only, got {str(device)!r}')
+    layers = [module for module in model.modules() if isinstance(module, L3Layer)]
+    runners = [module for module in model.modules() if hasattr(module, "l3_runtime")]
+    if not layers or len(runners) != 1:
+        raise ValueError(
+            "model: expected one model with lookup layers, got "
+            f"{len(layers)} lookup layers and {len(runners)} modules that run them"
+        )
+    runner: Any = runners[0]
+    if any(layer.table is None for layer in layers):
+        raise RuntimeError("model: its tables have been offloaded already")
+    tables = [
+        LookupTable(layer.table.detach(), layer.allocation, layer.d_model, layer.tied)
+        for layer in layers
+        if layer.table is not None
+    ]
+    if path is None:
+        runtime = PrefetchRuntime(tables, cache_bytes=cache_bytes, **options)
+    else:
+        if os.path.exists(path):
+            check_same_tables(path, tables)
+        else:
+            save_tables(path, tables)
+        runtime = PrefetchRuntime(path, cache_bytes=cache_bytes, **options)
+    for layer in layers:
+        layer.release_table()
+    runner.l3_runtime = runtime
+    return runtime
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"

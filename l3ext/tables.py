@@ -1,0 +1,95 @@
+"""Lookup tables outside a model, and the file that holds them.
+
+A table file is a safetensors file: any safetensors reader opens it. Its rows are page-aligned, so
+that they can be read past the page cache, and every token's block carries a checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from l3ext import _C
+
+
+class RowAllocation(Protocol):
+    """What the runtime reads of an :class:`l3ext.Allocation`."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 [V+1]: token t owns rows ``offsets[t]`` to ``offsets[t+1]``."""
+        ...
+
+    @property
+    def frequency(self) -> np.ndarray | None:
+        """int64 [V], how often each token occurs; None: unknown."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LookupTable:
+    """One layer's table in RAM, used in place and kept alive by whoever serves it."""
+
+    data: Tensor  #: [v, d_in + d_emb] keys and values row by row, [v, d_in] if tied; contiguous
+    allocation: RowAllocation  #: who owns which rows
+    d_in: int  #: width of the keys
+    tied: bool = False  #: the values are the keys
+
+    def _native(self) -> _C.Table:
+        if not isinstance(self.data, Tensor):
+            raise TypeError(f"data: expected a torch.Tensor, got {type(self.data).__name__}")
+        frequency = self.allocation.frequency
+        return _C.Table(
+            self.data.detach(),
+            np.ascontiguousarray(self.allocation.offsets),
+            None if frequency is None else np.ascontiguousarray(frequency),
+            self.d_in,
+            self.tied,
+        )
+
+
+def save_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> None:
+    """Write all tables of a model to one file, nearest layer first.
+
+    Atomic: a failure (disk full, Ctrl-C) leaves an old file as it was. Streams from the tables'
+    memory without copying them.
+
+    Raises:
+        ValueError, TypeError: tables that do not fit their allocation.
+        OSError: with the path, where it cannot be written.
+    """
+    _C.write_table_file(os.fspath(path), [table._native() for table in tables])
+
+
+def check_same_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> None:
+    """Check that the table file at ``path`` holds exactly these tables, by its checksums.
+
+    Raises:
+        ValueError: it holds others; says which and in what they differ.
+        OSError: it is no table file, or damaged.
+    """
+    path = os.fspath(path)
+    stored = _C.TableFile(path, _C.DirectIo.OFF).tables()
+    if len(stored) != len(tables):
+        raise ValueError(f"{path}: expected {len(tables)} tables, the file has {len(stored)}")
+    for i, (ours, theirs) in enumerate(zip(tables, stored, strict=True)):
+        native = ours._native()
+        for field in ("dtype", "d_in", "d_emb", "tied"):
+            expected, got = getattr(native, field), getattr(theirs, field)
+            if expected != got:
+                raise ValueError(
+                    f"{path}: tables[{i}].{field}: expected {expected}, the file has {got}"
+                )
+        if not np.array_equal(native.offsets, theirs.offsets):
+            raise ValueError(f"{path}: tables[{i}]: the file has another allocation")
+        different = np.flatnonzero(native.checksums() != theirs.checksums())
+        if different.size:
+            raise ValueError(
+                f"{path}: tables[{i}]: the file holds other rows for {different.size} tokens, "
+                f"the first is {different[0]}"
+            )

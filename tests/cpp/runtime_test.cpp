@@ -1,0 +1,449 @@
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "core/checksum.hpp"
+#include "runtime/fetch_plan.hpp"
+#include "runtime/hot_set.hpp"
+#include "runtime/row_ring.hpp"
+#include "runtime_examples.hpp"
+
+using namespace l3ext;
+using namespace examples;
+
+namespace {
+
+// A table in RAM whose reads take a random time, so that workers finish in any order.
+class SlowTable final : public TableSource {
+ public:
+  SlowTable(const void* data, int max_us) : ram_(data, nullptr), max_us_(max_us) {}
+  const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
+    thread_local std::mt19937 random(
+        static_cast<unsigned>(std::hash<std::thread::id>{}(std::this_thread::get_id())));
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % (max_us_ + 1)));
+    return ram_.read(begin, bytes, scratch);
+  }
+  Error corrupt(int64_t begin, const std::string& what) const override {
+    return ram_.corrupt(begin, what);
+  }
+
+ private:
+  RamTable ram_;
+  unsigned max_us_;
+};
+
+// A table whose reads fail while told to.
+class FailingTable final : public TableSource {
+ public:
+  explicit FailingTable(const void* data) : ram_(data, nullptr) {}
+  const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
+    if (failing) throw Error::io("/the/table", EIO, concat("offset ", begin, ": broken"));
+    return ram_.read(begin, bytes, scratch);
+  }
+  Error corrupt(int64_t begin, const std::string& what) const override {
+    return ram_.corrupt(begin, what);
+  }
+  std::atomic<bool> failing{false};
+
+ private:
+  RamTable ram_;
+};
+
+// A table whose reads do not return until it is opened.
+class GatedTable final : public TableSource {
+ public:
+  explicit GatedTable(const void* data) : ram_(data, nullptr) {}
+  const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
+    std::unique_lock lock(mutex_);
+    ++waiting_;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return open_; });
+    return ram_.read(begin, bytes, scratch);
+  }
+  Error corrupt(int64_t begin, const std::string& what) const override {
+    return ram_.corrupt(begin, what);
+  }
+  void open() {
+    const std::scoped_lock lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+  void await_reader() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return waiting_ > 0; });
+  }
+
+ private:
+  RamTable ram_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int waiting_ = 0;
+  bool open_ = false;
+};
+
+void checksums_of_parts_combine() {
+  const char* text = "the quick brown fox";
+  for (size_t cut = 0; cut <= 19; ++cut) {
+    EXPECT(crc32c_combine(crc32c(text, cut), crc32c(text + cut, 19 - cut), 19 - cut) ==
+           crc32c(text, 19));
+  }
+  // Long inputs take another way than short ones: both must agree at every length around it.
+  std::vector<unsigned char> bytes(20000);
+  std::mt19937 random(0);
+  for (unsigned char& byte : bytes) byte = static_cast<unsigned char>(random());
+  for (size_t length = 6100; length < 20000; length += 397) {
+    uint32_t crc = 0;
+    for (size_t at = 0; at < length; at += 100) {
+      crc = crc32c(bytes.data() + at, std::min<size_t>(100, length - at), crc);
+    }
+    EXPECT(crc32c(bytes.data(), length) == crc);
+  }
+}
+
+void a_ring_hands_out_rows_that_do_not_overlap() {
+  std::mt19937 random(1);
+  RowRing ring(50);
+  std::vector<std::pair<RowRing::Run, int64_t>> live;
+  std::vector<int> used(50, 0);
+  int granted = 0;
+  for (int i = 0; i < 20000; ++i) {
+    const int64_t rows = 1 + random() % 20;
+    if (const auto run = ring.allocate(rows)) {
+      ++granted;
+      for (int64_t r = run->begin; r < run->begin + rows; ++r) EXPECT(used.at(r)++ == 0);
+      live.emplace_back(*run, rows);
+    } else {
+      EXPECT(!live.empty());  // an empty ring of 50 has room for 20
+    }
+    while (!live.empty() && random() % 2) {
+      const size_t victim = random() % live.size();
+      for (int64_t r = 0; r < live[victim].second; ++r) --used[live[victim].first.begin + r];
+      ring.release(live[victim].first);
+      live.erase(live.begin() + static_cast<int64_t>(victim));
+    }
+  }
+  EXPECT(granted > 5000);
+  EXPECT(!RowRing(5).allocate(6));
+  EXPECT(!RowRing(0).allocate(1));
+}
+
+void pieces_cover_every_byte_once() {
+  std::mt19937 random(2);
+  for (int round = 0; round < 500; ++round) {
+    std::vector<Block> blocks;
+    int64_t source = 0, target = 0;
+    for (int i = 0; i < 20; ++i) {
+      if (random() % 2) source += 1 + random() % 5000;
+      const int64_t bytes = random() % 4 == 0 ? random() % 40000 : random() % 600;
+      blocks.push_back({i, source, target, bytes, false});
+      source += bytes;
+      target += bytes;
+    }
+    int64_t reached = 0;
+    for (const Piece& piece : plan_fetch(blocks, 4096)) {
+      EXPECT(piece.target == reached);
+      EXPECT(piece.bytes > 0 && piece.bytes <= 4096);
+      const Block& first = blocks[piece.first_block];
+      EXPECT(piece.source - first.source == piece.target - first.target);
+      if (piece.part) EXPECT(piece.source / 4096 == (piece.source + piece.bytes - 1) / 4096);
+      reached += piece.bytes;
+    }
+    EXPECT(reached == target);
+  }
+}
+
+void the_hot_set_takes_the_most_frequent_that_fit() {
+  RowOwners owners;
+  owners.offsets = {0, 4, 5, 8, 8, 10};  // rows 4 1 3 0 2
+  owners.frequency = {5, 9, 9, 100, 1};
+  HotSet hot = choose_hot_set(owners, 10, 69);  // six rows: 2 (more rows), 1, then 4; 0 is too big
+  EXPECT((hot.row == std::vector<int64_t>{-1, 0, 1, -1, 4}));
+  EXPECT(hot.rows == 6 && hot.tokens == 3);
+  owners.frequency.clear();
+  hot = choose_hot_set(owners, 10, 50);
+  EXPECT((hot.row == std::vector<int64_t>{0, 4, -1, -1, -1}));
+  EXPECT(choose_hot_set(owners, 10, 9).rows == 0);
+}
+
+// Two layers, slow reads in any order, small rings: every step sees its own rows and nothing else.
+void rows_are_exact(int64_t cache_bytes, int64_t ring_bytes, int workers) {
+  const Example a = make_example(60, 9, 5, 3, 1);
+  const Example b = make_example(60, 4, 7, 2, 2);
+  const auto prefetcher =
+      make_prefetcher({table_over(a, std::make_shared<SlowTable>(a.rows.data(), 40)),
+                       table_over(b, std::make_shared<SlowTable>(b.rows.data(), 40))},
+                      {.cache_bytes = cache_bytes,
+                       .ring_bytes = ring_bytes,
+                       .num_workers = workers,
+                       .piece_bytes = 4096,
+                       .poison = true});
+  std::mt19937 random(3);
+  std::vector<Prefetcher::Step> open;
+  for (int i = 0; i < 300; ++i) {
+    open.push_back(Prefetcher::begin(prefetcher, random_ids(random, 60, 8)));
+    if (open.size() < 4 && i < 299) continue;
+    while (open.size() > 2) {  // the newest first: ends out of order
+      Prefetcher::Step step = std::move(open.back());
+      open.pop_back();
+      if (random() % 5 == 0) continue;  // dropped without a wait
+      for (const int64_t layer : {1, 0}) {
+        step.wait(layer);
+        EXPECT(holds_the_rows(*prefetcher, step, layer, layer == 0 ? a : b));
+      }
+    }
+  }
+  open.clear();
+  EXPECT(prefetcher->ledger()->totals().steps == 300);
+  // All is given back: a ring with room takes a step again.
+  Prefetcher::Step last = Prefetcher::begin(prefetcher, std::vector<int32_t>{0});
+  last.wait(0);
+  EXPECT(holds_the_rows(*prefetcher, last, 0, a));
+}
+void rows_are_exact_without_cache() { rows_are_exact(0, 1 << 20, 3); }
+void rows_are_exact_with_some_cache() { rows_are_exact(4000, 2000, 2); }
+void rows_are_exact_when_all_is_hot() { rows_are_exact(1 << 20, 1 << 20, 1); }
+void rows_are_exact_without_ring() { rows_are_exact(4000, 0, 4); }
+
+void steps_of_several_threads_do_not_mix() {
+  const Example example = make_example(80, 12, 6, 6, 4);
+  const auto prefetcher =
+      make_prefetcher({ram_table(example), ram_table(example)}, {.cache_bytes = 6000,
+                                                                 .ring_bytes = 8000,
+                                                                 .num_workers = 2,
+                                                                 .piece_bytes = 4096,
+                                                                 .poison = true});
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (unsigned seed = 0; seed < 4; ++seed) {
+    threads.emplace_back([&, seed] {
+      std::mt19937 random(seed);
+      for (int i = 0; i < 200; ++i) {
+        Prefetcher::Step step = Prefetcher::begin(prefetcher, random_ids(random, 80, 6));
+        for (int64_t layer = 0; layer < 2; ++layer) {
+          step.wait(layer);
+          wrong += !holds_the_rows(*prefetcher, step, layer, example);
+        }
+        if (i % 2) step.end();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT(wrong == 0);
+  EXPECT(prefetcher->ledger()->totals().steps == 800);
+}
+
+void bad_ids_are_named_and_nothing_is_queued() {
+  const Example example = make_example(10, 3, 4, 4, 5);
+  const auto prefetcher = make_prefetcher({ram_table(example)}, {});
+  for (const int32_t bad : {-1, 10, std::numeric_limits<int32_t>::min()}) {
+    const std::string message =
+        EXPECT_THROWS(Error, Prefetcher::begin(prefetcher, std::vector<int32_t>{3, 9, 0, bad}));
+    EXPECT(message == concat("token_ids[3]: expected an id in [0, 10), got ", bad));
+  }
+  EXPECT(prefetcher->ledger()->totals().steps == 0);
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{9, 0, 9, 9});
+  EXPECT(step.tokens().size() == 2 && step.tokens()[0] == 0 && step.tokens()[1] == 9);
+  step.wait(0);
+  EXPECT(holds_the_rows(*prefetcher, step, 0, example));
+  EXPECT(EXPECT_THROWS(Error, step.wait(1)).find("layer: expected 0 to 0, got 1") == 0);
+  Prefetcher::Step empty = Prefetcher::begin(prefetcher, {});
+  empty.wait(0);
+  EXPECT(empty.tokens().empty());
+}
+
+void a_failed_read_is_told_by_wait_and_the_next_step_works() {
+  const Example example = make_example(10, 3, 4, 4, 6);
+  const auto source = std::make_shared<FailingTable>(example.rows.data());
+  const auto prefetcher = make_prefetcher({table_over(example, source)}, {});
+  source->failing = true;
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{1});
+  EXPECT(EXPECT_THROWS(Error, step.wait(0)).find("broken") != std::string::npos);
+  EXPECT(EXPECT_THROWS(Error, step.wait(0)).find("broken") != std::string::npos);
+  source->failing = false;
+  Prefetcher::Step next = Prefetcher::begin(prefetcher, std::vector<int32_t>{1});
+  next.wait(0);
+  EXPECT(holds_the_rows(*prefetcher, next, 0, example));
+  source->failing = true;
+  EXPECT(
+      EXPECT_THROWS(Error, make_prefetcher({table_over(example, source)}, {.cache_bytes = 1 << 20}))
+          .find("broken") != std::string::npos);
+}
+
+void rows_still_being_read_are_not_handed_out_again() {
+  const Example example = make_example(4, 1, 8, 8, 7);
+  const auto source = std::make_shared<GatedTable>(example.rows.data());
+  const auto prefetcher = make_prefetcher(
+      {table_over(example, source)}, {.ring_bytes = example.shape.row_bytes(), .num_workers = 2});
+  Prefetcher::Step first = Prefetcher::begin(prefetcher, std::vector<int32_t>{0});
+  source->await_reader();
+  first.end();  // a worker is inside; the ring's only row is not free yet
+  Prefetcher::Step second = Prefetcher::begin(prefetcher, std::vector<int32_t>{1});
+  EXPECT(second.spill(0) != nullptr);
+  source->open();
+  second.wait(0);
+  EXPECT(holds_the_rows(*prefetcher, second, 0, example));
+  second.end();
+  bool reused = false;  // once the abandoned read is through, the ring serves again
+  for (int i = 0; i < 2000 && !reused; ++i) {
+    Prefetcher::Step third = Prefetcher::begin(prefetcher, std::vector<int32_t>{2});
+    third.wait(0);
+    EXPECT(holds_the_rows(*prefetcher, third, 0, example));
+    reused = third.spill(0) == nullptr;
+    if (!reused) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT(reused);
+}
+
+void released_rows_are_poisoned() {
+  const Example example = make_example(4, 3, 8, 8, 8);
+  const auto prefetcher = make_prefetcher({ram_table(example)}, {.poison = true});
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{2});
+  step.wait(0);
+  int64_t rows[2];
+  step.segment_rows(0, rows);
+  const auto arena = prefetcher->arena(0);
+  step.end();
+  const auto* row = reinterpret_cast<const float*>(arena->data()) + rows[0] * example.width();
+  EXPECT(std::isnan(row[0]) && std::isnan(row[example.width() - 1]));
+}
+
+void close_with_open_steps_and_waiters_is_safe() {
+  const Example example = make_example(20, 3, 8, 8, 9);
+  const auto source = std::make_shared<GatedTable>(example.rows.data());
+  auto prefetcher = make_prefetcher({table_over(example, source)}, {});
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{1, 3, 5});
+  source->await_reader();
+  std::string message;
+  std::thread waiter([&] {
+    try {
+      step.wait(0);
+    } catch (const Error& error) {
+      message = error.what();
+    }
+  });
+  std::thread closer([&] { prefetcher->close(); });
+  waiter.join();  // woken although the read never returned
+  EXPECT(message == "the runtime is closed");
+  source->open();
+  closer.join();
+  prefetcher->close();
+  EXPECT(EXPECT_THROWS(Error, Prefetcher::begin(prefetcher, std::vector<int32_t>{1})) ==
+         "the runtime is closed");
+  step.end();
+  prefetcher.reset();  // the step holds the last reference
+}
+
+void a_step_that_ended_says_so() {
+  const Example example = make_example(5, 2, 4, 4, 10);
+  const auto prefetcher = make_prefetcher({ram_table(example)}, {});
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{1});
+  step.end();
+  step.end();
+  EXPECT(EXPECT_THROWS(Error, step.wait(0)) == "the step has ended");
+}
+
+void a_wait_can_be_interrupted() {
+  const Example example = make_example(5, 2, 4, 4, 11);
+  const auto source = std::make_shared<GatedTable>(example.rows.data());
+  const auto prefetcher = make_prefetcher({table_over(example, source)}, {});
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{1});
+  try {
+    step.wait(0, [] { return true; });
+    EXPECT(!"an exception");
+  } catch (const Error& error) {
+    EXPECT(error.code() == ErrorCode::kInterrupted);
+  }
+  source->open();
+  step.wait(0);
+  EXPECT(holds_the_rows(*prefetcher, step, 0, example));
+}
+
+void a_forked_child_gets_an_error_and_leaves() {
+  const Example example = make_example(20, 3, 8, 8, 12);
+  auto prefetcher = make_prefetcher({ram_table(example)}, {});
+  auto step =
+      std::make_unique<Prefetcher::Step>(Prefetcher::begin(prefetcher, std::vector<int32_t>{1}));
+  const pid_t child = ::fork();
+  if (child == 0) {
+    int refused = 0;
+    try {
+      step->wait(0);
+    } catch (const Error&) {
+      ++refused;
+    }
+    try {
+      Prefetcher::begin(prefetcher, std::vector<int32_t>{1});
+    } catch (const Error&) {
+      ++refused;
+    }
+    step.reset();
+    prefetcher.reset();
+    ::_exit(refused == 2 ? 0 : 1);
+  }
+  int status = -1;
+  EXPECT(::waitpid(child, &status, 0) == child);
+  EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  step->wait(0);
+  EXPECT(holds_the_rows(*prefetcher, *step, 0, example));
+}
+
+void the_ledger_counts_exactly() {
+  Example example = make_example(4, 1, 2, 2, 13);  // one row of 16 bytes each
+  example.owners->frequency = {0, 0, 7, 0};
+  const auto prefetcher = make_prefetcher({ram_table(example)},
+                                          {.cache_bytes = 16, .ring_bytes = 32, .record_steps = 2});
+  for (int i = 0; i < 2; ++i) {
+    Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{2, 1, 2, 3});
+    step.wait(0);
+  }
+  {
+    Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{0, 1, 2, 3});
+    step.wait(0);
+    EXPECT(holds_the_rows(*prefetcher, step, 0, example));
+  }
+  const auto steps = prefetcher->ledger()->steps();
+  EXPECT(steps.size() == 2 && steps[0].step == 1 && steps[1].step == 2);
+  const LayerRecord& fits = steps[0].layers[0];
+  EXPECT(fits.tokens == 3 && fits.rows == 3 && fits.bytes == 32 && fits.hits == 1);
+  EXPECT(fits.hit_bytes == 16 && !fits.spilled && !fits.cancelled);
+  EXPECT(fits.fetch_end_ns >= fits.fetch_begin_ns && fits.fetch_begin_ns >= steps[0].begin_ns);
+  EXPECT(fits.wait_end_ns >= fits.fetch_end_ns && steps[0].end_ns >= fits.wait_end_ns);
+  EXPECT(steps[1].layers[0].spilled && steps[1].layers[0].bytes == 48);
+  const LedgerTotals totals = prefetcher->ledger()->totals();
+  EXPECT(totals.steps == 3 && totals.bytes == 112 && totals.hits == 3 && totals.spilled == 1);
+  prefetcher->ledger()->clear();
+  EXPECT(prefetcher->ledger()->steps().empty() && prefetcher->ledger()->totals().bytes == 0);
+}
+
+}  // namespace
+
+int main() {
+  RUN(checksums_of_parts_combine);
+  RUN(a_ring_hands_out_rows_that_do_not_overlap);
+  RUN(pieces_cover_every_byte_once);
+  RUN(the_hot_set_takes_the_most_frequent_that_fit);
+  RUN(rows_are_exact_without_cache);
+  RUN(rows_are_exact_with_some_cache);
+  RUN(rows_are_exact_when_all_is_hot);
+  RUN(rows_are_exact_without_ring);
+  RUN(steps_of_several_threads_do_not_mix);
+  RUN(bad_ids_are_named_and_nothing_is_queued);
+  RUN(a_failed_read_is_told_by_wait_and_the_next_step_works);
+  RUN(rows_still_being_read_are_not_handed_out_again);
+  RUN(released_rows_are_poisoned);
+  RUN(close_with_open_steps_and_waiters_is_safe);
+  RUN(a_step_that_ended_says_so);
+  RUN(a_wait_can_be_interrupted);
+  RUN(a_forked_child_gets_an_error_and_leaves);
+  RUN(the_ledger_counts_exactly);
+  return check::failures == 0 ? 0 : 1;
+}

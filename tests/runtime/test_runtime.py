@@ -1,0 +1,268 @@
+"""The prefetch runtime serves exactly the table's rows, from anywhere, in any order."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import l3ext
+from l3ext.runtime import PrefetchRuntime
+from l3ext.tables import save_tables
+from tests.runtime.tables import Owners, make_table, rows_match
+
+VOCAB = 70
+
+
+def source(tables, tier, tmp_path):
+    if tier == "ram":
+        return tables
+    path = tmp_path / "tables.safetensors"
+    save_tables(path, tables)
+    return path
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+@pytest.mark.parametrize("cache", ["none", "some", "all"])
+@pytest.mark.parametrize("ring_bytes", [0, 4000, 1 << 20])
+def test_rows_are_bit_equal(tier, cache, ring_bytes, tmp_path):
+    combinations = itertools.product(
+        [1, 2, 4], [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    )
+    for seed, (workers, dtype) in enumerate(combinations):
+        tables = [
+            make_table(VOCAB, dtype=dtype, seed=seed),
+            make_table(VOCAB, d_in=17, tied=True, dtype=dtype, max_rows=30, seed=seed + 100),
+        ]
+        total = sum(table.data.nbytes for table in tables)
+        random = np.random.default_rng(seed)
+        with PrefetchRuntime(
+            source(tables, tier, tmp_path),
+            cache_bytes={"none": 0, "some": total // 4, "all": 4 * total}[cache],
+            ring_bytes=ring_bytes,
+            num_workers=workers,
+            piece_bytes=4096,
+            poison=True,
+        ) as runtime:
+            if cache == "all":
+                assert runtime.placement.hot_bytes == total
+            open_steps = []
+            for _ in range(25):
+                ids = random.integers(0, VOCAB, random.integers(0, 12))
+                open_steps.append((ids, runtime.begin(ids)))
+                if len(open_steps) < 3:
+                    continue
+                ids, step = open_steps.pop(random.integers(0, 3))  # ends in any order
+                for layer, table in enumerate(tables):
+                    assert rows_match(step.wait(layer), table, ids)
+                step.end()
+            assert runtime.ledger.totals.steps == 23
+            if cache == "all":
+                assert runtime.ledger.totals.bytes == 0
+                assert runtime.ledger.totals.spilled == 0
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_thousands_of_steps(tier, tmp_path):
+    table = make_table(VOCAB)
+    random = np.random.default_rng(0)
+    with PrefetchRuntime(
+        source([table], tier, tmp_path), cache_bytes=9000, ring_bytes=12000, poison=True
+    ) as runtime:
+        previous = None
+        for _ in range(2000):
+            ids = random.integers(0, VOCAB, 5)
+            step = runtime.begin(ids)
+            if previous is not None:
+                assert rows_match(previous[1].wait(0), table, previous[0])
+                previous[1].end()
+            previous = (ids, step)
+        steps = runtime.ledger.steps
+        assert len(steps) == 1024
+        assert [record.step for record in steps] == list(range(1999 - 1024, 1999))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[], [0], [VOCAB - 1], [3] * 50, [5, 4, 5, 4], [[1, 2], [2, 1]], list(range(VOCAB)) * 2],
+    ids=["empty", "first", "last", "equal", "repeats", "matrix", "all"],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16])
+def test_any_ids(ids, dtype):
+    table = make_table(VOCAB)
+    ids = torch.tensor(ids, dtype=dtype)
+    with PrefetchRuntime([table]) as runtime, runtime.begin(ids) as step:
+        rows = step.wait(0)
+        assert rows_match(rows, table, ids)
+        x = torch.randn(ids.numel(), 24)
+        keys, values = table.data[:, :24], table.data[:, 24:]
+        plan = l3ext.plan(ids, table.allocation.offsets)
+        expected = l3ext.segmented_attention(x, keys, values, plan)
+        fetched = l3ext.segmented_attention(x, rows.keys, rows.values, rows.plan)
+        assert torch.equal(expected, fetched)
+
+
+def test_tied_rows_are_one_tensor():
+    table = make_table(VOCAB, tied=True)
+    with PrefetchRuntime([table], ring_bytes=0) as runtime, runtime.begin([1, 2]) as step:
+        rows = step.wait(0)
+        assert rows.values is rows.keys
+        assert rows_match(rows, table, [1, 2])
+
+
+def test_the_ram_table_is_used_in_place():
+    table = make_table(VOCAB)
+    with PrefetchRuntime([table]) as runtime:
+        table.data[0] = 7.0  # no copy was made: the change is seen
+        with runtime.begin([0]) as step:
+            rows = step.wait(0)
+            assert (rows.keys[rows.plan.segment_rows[0, 0]] == 7.0).all()
+
+
+def test_the_runtime_keeps_a_ram_table_alive():
+    table = make_table(VOCAB)
+    runtime = PrefetchRuntime([make_table(VOCAB)])
+    gc.collect()
+    with runtime.begin([3, 9]) as step:
+        assert rows_match(step.wait(0), table, [3, 9])
+    runtime.close()
+
+
+def test_rows_outlive_the_runtime():
+    table = make_table(VOCAB)
+    runtime = PrefetchRuntime([table])
+    step = runtime.begin([4])
+    rows = step.wait(0)
+    del runtime, step
+    gc.collect()
+    assert rows_match(rows, table, [4])  # ended, not poisoned: the memory is still there
+
+
+def test_a_dropped_step_gives_its_rows_back():
+    table = make_table(4, max_rows=1)
+    with PrefetchRuntime([table], ring_bytes=table.data[0].nbytes) as runtime:
+        for _ in range(50):
+            runtime.begin([1]).wait(0)
+        assert runtime.ledger.totals.steps == 50
+        assert runtime.ledger.totals.spilled == 0
+
+
+def test_an_exception_in_the_block_ends_the_step():
+    with PrefetchRuntime([make_table(4)]) as runtime:
+        with pytest.raises(ZeroDivisionError), runtime.begin([1]) as step:
+            raise ZeroDivisionError
+        with pytest.raises(RuntimeError, match="the step has ended"):
+            step.wait(0)
+
+
+def test_several_threads():
+    tables = [make_table(VOCAB, seed=1), make_table(VOCAB, seed=2)]
+    wrong = []
+    with PrefetchRuntime(tables, cache_bytes=4000, ring_bytes=9000, poison=True) as runtime:
+
+        def run(seed):
+            random = np.random.default_rng(seed)
+            for _ in range(100):
+                ids = random.integers(0, VOCAB, 6)
+                with runtime.begin(ids) as step:
+                    for layer, table in enumerate(tables):
+                        if not rows_match(step.wait(layer), table, ids):
+                            wrong.append((seed, ids))
+
+        threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert runtime.ledger.totals.steps == 400
+
+
+def test_the_ledger_is_exact():
+    rows = np.array([1, 2, 3, 4])
+    table = make_table(4)
+    data = torch.randn(10, 8)
+    row_bytes = 8 * 4
+    table = type(table)(data, Owners(rows, np.array([0, 9, 1, 5])), 5)
+    # Room for five rows: token 1 (2 rows), then 3 does not fit, then 2 (3 rows).
+    with PrefetchRuntime([table], cache_bytes=5 * row_bytes, ring_bytes=5 * row_bytes) as runtime:
+        assert runtime.placement.hot_tokens == 2
+        assert runtime.placement.hot_bytes == 5 * row_bytes
+        with runtime.begin([3, 1, 3, 0]) as step:
+            step.wait(0)
+            with runtime.begin([0, 2]) as second:  # the ring is full
+                assert rows_match(second.wait(0), table, [0, 2])
+        first, other = sorted(runtime.ledger.steps, key=lambda record: record.step)
+        (layer,) = first.layers
+        assert (layer.tokens, layer.rows, layer.hits) == (3, 7, 1)
+        assert (layer.bytes, layer.hit_bytes) == (5 * row_bytes, 2 * row_bytes)
+        assert not layer.spilled
+        assert other.layers[0].spilled
+        totals = runtime.ledger.totals
+        assert totals.bytes == 6 * row_bytes
+        assert totals.hit_bytes == 5 * row_bytes
+        assert totals.spilled == 1
+        assert totals.exposed_us == layer.exposed_us + other.layers[0].exposed_us
+        runtime.ledger.clear()
+        assert runtime.ledger.steps == []
+        assert runtime.ledger.totals.steps == 0
+
+
+def test_record_steps_bounds_the_ledger():
+    with PrefetchRuntime([make_table(4)], record_steps=0) as runtime:
+        runtime.begin([1]).end()
+        assert runtime.ledger.steps == []
+        assert runtime.ledger.totals.steps == 1
+
+
+def test_chrome_trace(tmp_path):
+    path = tmp_path / "trace.json"
+    tables = [make_table(VOCAB, seed=i) for i in range(3)]
+    with PrefetchRuntime(tables) as runtime:
+        for _ in range(5):
+            with runtime.begin([1, 2, 3]) as step, runtime.begin([4]) as other:
+                for layer in range(3):
+                    step.wait(layer)
+                    other.wait(layer)
+        runtime.ledger.to_chrome_trace(path)
+        steps = runtime.ledger.steps
+    events = json.loads(path.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert sum(event["cat"] == "wait" for event in spans) == 30
+    assert sum(event["cat"] == "compute" for event in spans) == 40
+    assert sum(event["cat"] == "fetch" for event in spans) >= 30
+    named = {event["tid"] for event in events if event["name"] == "thread_name"}
+    assert {event["tid"] for event in spans} == named
+    for lane in named:  # spans of one lane do not overlap
+        times = sorted(
+            (event["ts"], event["ts"] + event["dur"]) for event in spans if event["tid"] == lane
+        )
+        for (_, end), (begin, _) in itertools.pairwise(times):
+            assert begin >= end - 0.002  # printed to the nanosecond
+    for event in spans:
+        record = next(r for r in steps if r.step == event["args"]["step"])
+        assert event["ts"] >= record.begin_us - 0.002
+        if event["cat"] != "fetch":
+            assert event["ts"] + event["dur"] <= record.end_us + 0.002
+
+
+def test_placement_is_said(tmp_path):
+    table = make_table(VOCAB)
+    path = tmp_path / "tables.safetensors"
+    save_tables(path, [table])
+    with PrefetchRuntime(path, direct_io=False, cache_bytes=3000) as runtime:
+        assert runtime.placement.tier == "disk"
+        assert runtime.placement.path == str(path)
+        assert not runtime.placement.direct_io
+        assert runtime.placement.table_bytes == table.data.nbytes
+        assert 0 < runtime.placement.hot_bytes <= 3000
+        assert "through the page cache" in repr(runtime)
+        assert str(path) in repr(runtime)
+    with PrefetchRuntime([table]) as runtime:
+        assert runtime.placement.tier == "ram"
+        assert "in RAM" in repr(runtime)

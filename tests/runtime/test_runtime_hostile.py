@@ -1,0 +1,276 @@
+"""Bad input, damaged files, forks and closed runtimes: a clear error, and the next step works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from l3ext.runtime import PrefetchRuntime
+from l3ext.tables import LookupTable, save_tables
+from tests.runtime.tables import Owners, make_table, rows_match
+
+VOCAB = 30
+
+
+def run_script(script):
+    """Run Python code in a process of its own, which finds the modules that this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, check=True, timeout=120, env=environment)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "tables.safetensors"
+    save_tables(path, [make_table(VOCAB)])
+    return path
+
+
+@pytest.mark.parametrize("bad", [-1, VOCAB, 2**31, -(2**40)])
+def test_an_id_outside_the_vocabulary(bad):
+    with PrefetchRuntime([make_table(VOCAB)]) as runtime:
+        with pytest.raises(ValueError, match=f"got {bad} at position 2"):
+            runtime.begin([3, 0, bad, 4])
+        assert runtime.ledger.totals.steps == 0
+        runtime.begin([3]).wait(0)
+
+
+def test_ids_of_a_wrong_type():
+    with PrefetchRuntime([make_table(VOCAB)]) as runtime, pytest.raises(TypeError, match="integer"):
+        runtime.begin(torch.tensor([1.0]))
+
+
+def test_a_layer_that_is_not_there():
+    with PrefetchRuntime([make_table(VOCAB)]) as runtime, runtime.begin([1]) as step:
+        for layer in (-1, 1):
+            with pytest.raises(ValueError, match=f"layer: expected 0 to 0, got {layer}"):
+                step.wait(layer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_bytes": -1}, "cache_bytes: expected at least 0, got -1"),
+        ({"ring_bytes": -1}, "ring_bytes: expected at least 0, got -1"),
+        ({"num_workers": 0}, "num_workers: expected 1 to 256, got 0"),
+        ({"piece_bytes": 5000}, "piece_bytes: expected a multiple of 4096, got 5000"),
+        ({"record_steps": -1}, "record_steps: expected at least 0, got -1"),
+        ({"direct_io": "yes"}, "direct_io: expected True, False or"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        PrefetchRuntime([make_table(VOCAB)], **options)
+
+
+def test_bad_tables():
+    good = make_table(VOCAB)
+    with pytest.raises(ValueError, match="expected at least one"):
+        PrefetchRuntime([])
+    with pytest.raises(ValueError, match=r"tables\[1\]: expected a vocabulary of 30"):
+        PrefetchRuntime([good, make_table(VOCAB + 1)])
+    with pytest.raises(ValueError, match=r"offsets\[30\]: expected"):
+        PrefetchRuntime([LookupTable(good.data[:-1], good.allocation, 24)])
+    with pytest.raises(ValueError, match="contiguous"):
+        PrefetchRuntime([LookupTable(good.data.t().contiguous().t(), good.allocation, 24)])
+    with pytest.raises(TypeError, match="expected float64, float32, bfloat16 or float16"):
+        PrefetchRuntime([LookupTable(good.data.to(torch.int32), good.allocation, 24)])
+    with pytest.raises(ValueError, match="more than d_in = 37 columns"):
+        PrefetchRuntime([LookupTable(good.data, good.allocation, 37)])
+    with pytest.raises(TypeError, match=r"data: expected a torch\.Tensor, got ndarray"):
+        PrefetchRuntime([LookupTable(good.data.numpy(), good.allocation, 24)])
+    falling = Owners(np.array([3, -1, 2]))
+    with pytest.raises(ValueError, match=r"offsets\[2\]: expected at least 3.*got 2"):
+        PrefetchRuntime([LookupTable(good.data[:4], falling, 24)])
+
+
+def test_a_closed_runtime_says_so():
+    runtime = PrefetchRuntime([make_table(VOCAB)])
+    step = runtime.begin([1])
+    runtime.close()
+    runtime.close()
+    for use in (lambda: runtime.begin([1]), lambda: step.wait(0)):
+        with pytest.raises(RuntimeError, match="the runtime is closed"):
+            use()
+    step.end()
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        PrefetchRuntime(tmp_path / "missing")
+    assert caught.value.filename == str(tmp_path / "missing")
+
+
+def test_things_that_are_no_table_file(tmp_path):
+    with pytest.raises(OSError, match="expected a regular file"):
+        PrefetchRuntime(tmp_path)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="expected a regular file"):
+        PrefetchRuntime(fifo)
+    for name, content in {"empty": b"", "text": b"hello, world" * 99, "zeros": bytes(9000)}.items():
+        file = tmp_path / name
+        file.write_bytes(content)
+        with pytest.raises(OSError, match=r"header|table file") as caught:
+            PrefetchRuntime(file)
+        assert caught.value.filename == str(file)
+    foreign = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(3)}, foreign)
+    with pytest.raises(OSError, match="no table file"):
+        PrefetchRuntime(foreign)
+    save_file({"w": torch.zeros(3)}, foreign, metadata={"format": "pt"})
+    with pytest.raises(OSError, match=r"expected format 'l3ext\.tables', got 'pt'"):
+        PrefetchRuntime(foreign)
+
+
+@pytest.mark.parametrize("direct_io", ["auto", False])
+def test_a_truncated_file_while_open(path, direct_io):
+    table = make_table(VOCAB)
+    content = path.read_bytes()
+    with PrefetchRuntime(path, direct_io=direct_io) as runtime:
+        os.truncate(path, 4096 + 100)
+        with runtime.begin([VOCAB - 1]) as step:
+            with pytest.raises(OSError, match="the file is 4196 bytes long") as caught:
+                step.wait(0)
+            assert caught.value.filename == str(path)
+        with open(path, "r+b") as stream:  # the same file is whole again
+            stream.write(content)
+        with runtime.begin([VOCAB - 1]) as step:
+            assert rows_match(step.wait(0), table, [VOCAB - 1])
+
+
+def test_a_replaced_file_while_open(path):
+    table = make_table(VOCAB)
+    with PrefetchRuntime(path) as runtime:
+        save_tables(path, [make_table(VOCAB, seed=5)])
+        with runtime.begin([3, 7]) as step:  # the runtime holds the file that it opened
+            assert rows_match(step.wait(0), table, [3, 7])
+
+
+@pytest.mark.parametrize("direct_io", ["auto", False])
+@pytest.mark.parametrize("piece_bytes", [4096, 1 << 18])
+def test_a_flipped_bit_is_found(tmp_path, direct_io, piece_bytes):
+    path = tmp_path / "tables.safetensors"
+    table = make_table(VOCAB, max_rows=200)
+    save_tables(path, [table])
+    token = int(np.argmax(table.allocation.rows))
+    offset = 4096 + table.allocation.offsets[token] * 37 * 4
+    with open(path, "r+b") as stream:
+        stream.seek(offset + 9999)
+        byte = stream.read(1)
+        stream.seek(offset + 9999)
+        stream.write(bytes([byte[0] ^ 4]))
+    options = {"direct_io": direct_io, "piece_bytes": piece_bytes}
+    with PrefetchRuntime(path, **options) as runtime:
+        message = rf"offset {offset}: the rows of token {token} "
+        with runtime.begin([0, token]) as step, pytest.raises(OSError, match=message) as caught:
+            step.wait(0)
+        assert caught.value.filename == str(path)
+        others = [t for t in range(VOCAB) if t != token]
+        with runtime.begin(others) as step:
+            assert rows_match(step.wait(0), table, others)
+    with pytest.raises(OSError, match=f"token {token} "):  # the hot set is checked as well
+        PrefetchRuntime(path, cache_bytes=1 << 30, **options)
+    with PrefetchRuntime(path, verify=False, **options) as runtime, runtime.begin([token]) as step:
+        assert not rows_match(step.wait(0), table, [token])
+
+
+def test_damage_at_any_place_is_found(tmp_path):
+    """A flipped bit or a cut anywhere: an OSError, or exactly the right rows (spaces, padding)."""
+    path = tmp_path / "tables.safetensors"
+    table = make_table(6, max_rows=3)
+    save_tables(path, [table])
+    good = path.read_bytes()
+    random = np.random.default_rng(0)
+    places = np.concatenate([np.arange(0, 700, 3), random.integers(0, len(good), 200)])
+    for place in places.tolist():
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << random.integers(0, 8)
+        for content in (bytes(damaged), good[:place]):
+            path.write_bytes(content)
+            try:
+                with PrefetchRuntime(path) as runtime, runtime.begin(range(6)) as step:
+                    assert rows_match(step.wait(0), table, range(6))
+            except OSError as error:
+                assert error.filename == str(path)  # noqa: PT017
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_gets_an_error():
+    run_script(
+        """
+        import os, signal, numpy as np
+        from l3ext.runtime import PrefetchRuntime
+        from tests.runtime.tables import make_table, rows_match
+        table = make_table(30)
+        runtime = PrefetchRuntime([table])
+        step = runtime.begin([1])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            refused = 0
+            for use in (lambda: runtime.begin([1]), lambda: step.wait(0), runtime.close):
+                try:
+                    use()
+                except RuntimeError as error:
+                    refused += "through fork()" in str(error)
+            del step, runtime
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert rows_match(step.wait(0), table, [1])
+        """
+    )
+
+
+def test_a_full_disk_leaves_the_old_file(path):
+    old = path.read_bytes()
+    run_script(
+        f"""
+        import resource, signal
+        from l3ext.tables import save_tables
+        from tests.runtime.tables import make_table
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        try:
+            save_tables({str(path)!r}, [make_table(30, max_rows=400)])
+        except OSError as error:
+            assert "the old file stays" in str(error), error
+            assert error.filename == {str(path)!r}
+        else:
+            raise AssertionError("expected an OSError")
+        """
+    )
+    assert path.read_bytes() == old
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_ctrl_c_stops_the_writing_and_leaves_a_whole_file(path, tmp_path):
+    table = make_table(VOCAB, max_rows=30000)
+    save_tables(tmp_path / "new", [table])
+    whole = (path.read_bytes(), (tmp_path / "new").read_bytes())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def save_for_ever():
+        while True:
+            save_tables(path, [table])
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.005)
+        with pytest.raises(KeyboardInterrupt):
+            save_for_ever()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert path.read_bytes() in whole
+    assert sorted(os.listdir(tmp_path)) == ["new", path.name]
