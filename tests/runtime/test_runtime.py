@@ -13,7 +13,7 @@ import torch
 
 import l3ext
 from l3ext.runtime import PrefetchRuntime
-from l3ext.tables import save_tables
+from l3ext.tables import LookupTable, save_tables
 from tests.runtime.tables import Owners, make_table, rows_match
 
 VOCAB = 70
@@ -113,6 +113,23 @@ def test_tied_rows_are_one_tensor():
         rows = step.wait(0)
         assert rows.values is rows.keys
         assert rows_match(rows, table, [1, 2])
+
+
+def test_rows_past_two_to_the_31st_element():
+    try:
+        memory = np.zeros((800_000, 3072), dtype=np.uint16)  # 4.9 GB, of which 24 MB are touched
+    except MemoryError:
+        pytest.skip("no address space for 4.9 GB")
+    memory[-1000:] = np.arange(1000, dtype=np.uint16)[:, None]
+    data = torch.from_numpy(memory).view(torch.float16)
+    table = LookupTable(data, Owners(np.full(800, 1000)), 2048)
+    with PrefetchRuntime([table]) as runtime, runtime.begin([799, 0]) as step:
+        rows = step.wait(0)
+        begin, end = rows.plan.segment_rows[1].tolist()
+        assert torch.equal(rows.keys[begin:end], data[-1000:, :2048])
+        begin, end = rows.plan.segment_rows[0].tolist()
+        assert end - begin == 1000
+        assert not rows.keys[begin:end].any()
 
 
 def test_the_ram_table_is_used_in_place():
