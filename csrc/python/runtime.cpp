@@ -73,6 +73,7 @@ py::array_t<T> numpy_array(const std::vector<T>& values) {
 
 std::vector<TableData> table_data(const std::vector<PyTable>& tables) {
   std::vector<TableData> data;
+  data.reserve(tables.size());
   for (const PyTable& table : tables) {
     L3EXT_CHECK(table.data != nullptr, "tables: expected tables in RAM, got one in a file");
     data.push_back({table.table.shape, table.table.owners, table.data});
@@ -82,6 +83,7 @@ std::vector<TableData> table_data(const std::vector<PyTable>& tables) {
 
 std::vector<Table> runtime_tables(const std::vector<PyTable>& tables) {
   std::vector<Table> result;
+  result.reserve(tables.size());
   for (const PyTable& table : tables) result.push_back(table.table);
   return result;
 }
