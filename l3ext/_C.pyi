@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,7 @@ def segmented_attention(
     x: Any,
     keys: Any,
     values: Any,
-    permutation: Any,
-    segment_queries: Any,
-    segment_rows: Any,
-    num_segments: Any,
-    table_rows: Any,
+    plan: Sequence[Any],
     scale: float,
     num_threads: int,
     y: Any,
@@ -38,11 +35,7 @@ def segmented_attention_backward(
     x: Any,
     keys: Any,
     values: Any,
-    permutation: Any,
-    segment_queries: Any,
-    segment_rows: Any,
-    num_segments: Any,
-    table_rows: Any,
+    plan: Sequence[Any],
     scale: float,
     num_threads: int,
     dx: Any | None,

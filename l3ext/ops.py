@@ -273,21 +273,10 @@ def _split(table: Tensor, d_in: int, tied: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(_library, "segmented_attention", "CPU")
 def _forward_cpu(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    permutation, segment_queries, segment_rows, num_segments, table_rows, scale = rest
+    *plan, scale = rest
     y = x.new_empty(x.shape[0], values.shape[1])
-    _C.segmented_attention(
-        _rows(x),
-        _rows(keys),
-        _rows(values),
-        permutation,
-        segment_queries,
-        segment_rows,
-        num_segments,
-        table_rows,
-        scale,
-        torch.get_num_threads(),
-        y,
-    )
+    threads = torch.get_num_threads()
+    _C.segmented_attention(_rows(x), _rows(keys), _rows(values), plan, scale, threads, y)
     return y
 
 
@@ -311,29 +300,15 @@ def _backward_cpu_into(
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    arrays: Any,
+    plan: Sequence[Tensor],
     scale: float,
     dx: Tensor | None,
     dkeys: Tensor | None,
     dvalues: Tensor | None,
 ) -> None:
-    permutation, segment_queries, segment_rows, num_segments, table_rows = arrays
-    _C.segmented_attention_backward(
-        _rows(dy),
-        _rows(x),
-        _rows(keys),
-        _rows(values),
-        permutation,
-        segment_queries,
-        segment_rows,
-        num_segments,
-        table_rows,
-        scale,
-        torch.get_num_threads(),
-        dx,
-        dkeys,
-        dvalues,
-    )
+    inputs = (_rows(dy), _rows(x), _rows(keys), _rows(values))
+    threads = torch.get_num_threads()
+    _C.segmented_attention_backward(*inputs, plan, scale, threads, dx, dkeys, dvalues)
 
 
 @torch.library.impl(_library, "segmented_attention_backward", "CPU")

@@ -28,12 +28,12 @@ struct PlanView {
   int64_t num_segments = 0;
 };
 
-struct SegmentedAttentionParams {
-  DType dtype = DType::kFloat32;  // of x, keys, values and y
+// What forward and backward both read.
+struct SegmentedAttentionInputs {
+  DType dtype = DType::kFloat32;  // of every matrix
   Rows x;                         // [num_tokens, d_in]
   Rows keys;                      // [table_rows, d_in]
   Rows values;                    // [table_rows, d_emb]
-  MutableRows y;                  // [num_tokens, d_emb]
   PlanView plan;
   int64_t table_rows = 0;
   int64_t d_in = 0;
@@ -42,21 +42,17 @@ struct SegmentedAttentionParams {
   int num_threads = 1;  // any number gives the same bits
 };
 
-struct SegmentedAttentionBackwardParams {
-  DType dtype = DType::kFloat32;
-  Rows x;               // [num_tokens, d_in]
-  Rows keys;            // [table_rows, d_in]
-  Rows values;          // [table_rows, d_emb]
+struct SegmentedAttentionParams : SegmentedAttentionInputs {
+  MutableRows y;  // [num_tokens, d_emb]
+};
+
+// The plan's segment_rows must ascend and be disjoint, as plan() makes them, where row gradients
+// are wanted.
+struct SegmentedAttentionBackwardParams : SegmentedAttentionInputs {
   Rows dy;              // [num_tokens, d_emb]
   MutableRows dx;       // [num_tokens, d_in]; null data: not wanted
   MutableRows dkeys;    // [table_rows, d_in]; null data: no row gradients. Every row is written
   MutableRows dvalues;  // [table_rows, d_emb]; null data with dkeys set: tied, the sum into dkeys
-  PlanView plan;        // segment_rows ascending and disjoint, as plan() makes them
-  int64_t table_rows = 0;
-  int64_t d_in = 0;
-  int64_t d_emb = 0;
-  double scale = 1.0;
-  int num_threads = 1;
 };
 
 // Both throw kValue for a plan that does not fit (positions or rows out of range) before they

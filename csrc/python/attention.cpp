@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 
 #include "attention/plan.hpp"
@@ -43,9 +44,11 @@ T* array_of(const TensorArg& tensor, const char* argument, DType dtype,
   return tensor->as<T>();
 }
 
-PlanView plan_of(const TensorArg& permutation, const TensorArg& segment_queries,
-                 const TensorArg& segment_rows, const TensorArg& num_segments,
-                 const TensorArg& table_rows, int64_t rows) {
+// permutation, segment_queries, segment_rows, num_segments, table_rows; see l3ext.Plan.
+using PlanArrays = std::array<TensorArg, 5>;
+
+PlanView plan_of(const PlanArrays& arrays, int64_t rows) {
+  const auto& [permutation, segment_queries, segment_rows, num_segments, table_rows] = arrays;
   PlanView plan;
   plan.permutation = array_of<int32_t>(permutation, "plan.permutation", DType::kInt32, {-1});
   plan.num_tokens = permutation->shape[0];
@@ -59,6 +62,20 @@ PlanView plan_of(const TensorArg& permutation, const TensorArg& segment_queries,
   L3EXT_CHECK(plan.num_segments <= segment_rows->shape[0], "plan.segment_rows: expected ",
               plan.num_segments, " segments or more, got ", segment_rows->shape[0]);
   return plan;
+}
+
+void read_inputs(SegmentedAttentionInputs& inputs, const TensorArg& x, const TensorArg& keys,
+                 const TensorArg& values, const PlanArrays& plan, double scale, int num_threads) {
+  inputs.dtype = x->dtype;
+  inputs.keys = rows_of(keys, "keys", inputs.dtype, -1, -1);
+  inputs.table_rows = keys->shape[0];
+  inputs.d_in = keys->shape[1];
+  inputs.values = rows_of(values, "values", inputs.dtype, inputs.table_rows, -1);
+  inputs.d_emb = values->shape[1];
+  inputs.plan = plan_of(plan, inputs.table_rows);
+  inputs.x = rows_of(x, "x", inputs.dtype, inputs.plan.num_tokens, inputs.d_in);
+  inputs.scale = scale;
+  inputs.num_threads = num_threads;
 }
 
 void bind_plan(const TensorArg& token_ids, const TensorArg& offsets, bool check_offsets,
@@ -89,58 +106,31 @@ void bind_plan(const TensorArg& token_ids, const TensorArg& offsets, bool check_
 }
 
 void bind_forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
-                  const TensorArg& permutation, const TensorArg& segment_queries,
-                  const TensorArg& segment_rows, const TensorArg& num_segments,
-                  const TensorArg& table_rows, double scale, int num_threads, const TensorArg& y) {
+                  const PlanArrays& plan, double scale, int num_threads, const TensorArg& y) {
   SegmentedAttentionParams params;
-  params.dtype = x->dtype;
-  params.keys = rows_of(keys, "keys", params.dtype, -1, -1);
-  params.table_rows = keys->shape[0];
-  params.d_in = keys->shape[1];
-  params.values = rows_of(values, "values", params.dtype, params.table_rows, -1);
-  params.d_emb = values->shape[1];
-  params.plan = plan_of(permutation, segment_queries, segment_rows, num_segments, table_rows,
-                        params.table_rows);
-  params.x = rows_of(x, "x", params.dtype, params.plan.num_tokens, params.d_in);
+  read_inputs(params, x, keys, values, plan, scale, num_threads);
   params.y = mutable_rows_of(y, "y", params.dtype, params.plan.num_tokens, params.d_emb);
-  params.scale = scale;
-  params.num_threads = num_threads;
   py::gil_scoped_release release;
   segmented_attention(params);
 }
 
 void bind_backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
-                   const TensorArg& values, const TensorArg& permutation,
-                   const TensorArg& segment_queries, const TensorArg& segment_rows,
-                   const TensorArg& num_segments, const TensorArg& table_rows, double scale,
-                   int num_threads, const std::optional<TensorArg>& dx,
-                   const std::optional<TensorArg>& dkeys, const std::optional<TensorArg>& dvalues) {
+                   const TensorArg& values, const PlanArrays& plan, double scale, int num_threads,
+                   const std::optional<TensorArg>& dx, const std::optional<TensorArg>& dkeys,
+                   const std::optional<TensorArg>& dvalues) {
   SegmentedAttentionBackwardParams params;
-  params.dtype = x->dtype;
-  params.keys = rows_of(keys, "keys", params.dtype, -1, -1);
-  params.table_rows = keys->shape[0];
-  params.d_in = keys->shape[1];
-  params.values = rows_of(values, "values", params.dtype, params.table_rows, -1);
-  params.d_emb = values->shape[1];
-  params.plan = plan_of(permutation, segment_queries, segment_rows, num_segments, table_rows,
-                        params.table_rows);
-  const int64_t n = params.plan.num_tokens;
-  params.x = rows_of(x, "x", params.dtype, n, params.d_in);
+  read_inputs(params, x, keys, values, plan, scale, num_threads);
+  const int64_t n = params.plan.num_tokens, rows = params.table_rows;
   params.dy = rows_of(dy, "dy", params.dtype, n, params.d_emb);
   if (dx) params.dx = mutable_rows_of(*dx, "dx", params.dtype, n, params.d_in);
-  if (dkeys) {
-    params.dkeys = mutable_rows_of(*dkeys, "dkeys", params.dtype, params.table_rows, params.d_in);
-  }
+  if (dkeys) params.dkeys = mutable_rows_of(*dkeys, "dkeys", params.dtype, rows, params.d_in);
   if (dvalues) {
-    params.dvalues =
-        mutable_rows_of(*dvalues, "dvalues", params.dtype, params.table_rows, params.d_emb);
+    params.dvalues = mutable_rows_of(*dvalues, "dvalues", params.dtype, rows, params.d_emb);
   } else {
     L3EXT_CHECK(!dkeys || params.d_in == params.d_emb,
                 "dvalues: a tied table needs d_in == d_emb, got ", params.d_in, " and ",
                 params.d_emb);
   }
-  params.scale = scale;
-  params.num_threads = num_threads;
   py::gil_scoped_release release;
   segmented_attention_backward(params);
 }
@@ -152,14 +142,10 @@ void bind_attention(py::module_& module) {
              py::arg("permutation"), py::arg("segment_tokens"), py::arg("segment_queries"),
              py::arg("segment_rows"), py::arg("num_segments"), py::arg("table_rows"));
   module.def("segmented_attention", bind_forward, py::arg("x"), py::arg("keys"), py::arg("values"),
-             py::arg("permutation"), py::arg("segment_queries"), py::arg("segment_rows"),
-             py::arg("num_segments"), py::arg("table_rows"), py::arg("scale"),
-             py::arg("num_threads"), py::arg("y"));
+             py::arg("plan"), py::arg("scale"), py::arg("num_threads"), py::arg("y"));
   module.def("segmented_attention_backward", bind_backward, py::arg("dy"), py::arg("x"),
-             py::arg("keys"), py::arg("values"), py::arg("permutation"), py::arg("segment_queries"),
-             py::arg("segment_rows"), py::arg("num_segments"), py::arg("table_rows"),
-             py::arg("scale"), py::arg("num_threads"), py::arg("dx"), py::arg("dkeys"),
-             py::arg("dvalues"));
+             py::arg("keys"), py::arg("values"), py::arg("plan"), py::arg("scale"),
+             py::arg("num_threads"), py::arg("dx"), py::arg("dkeys"), py::arg("dvalues"));
 }
 
 }  // namespace l3ext::python
