@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SKBUILD_CMAKE_DEFINE := L3EXT_CUDA=$(CUDA)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help develop test test-cpp test-python demo lint sanitize sanitize-thread bench cuda-all clean
+.PHONY: help develop test test-cpp test-python demo lint sanitize sanitize-thread bench clean
 
 help:
 	@echo "make develop          set up .venv with this package, editable, and all it needs"
