@@ -62,7 +62,7 @@ out of the model, to RAM and to disk.</p>
 <div class="cards">
 {_card(f"{l3['ppl']:.2f}", f"held-out perplexity with L3, {verdict} than dense", main=True)}
 {_card(f"{dense['ppl']:.2f}", "held-out perplexity of the dense model, no fewer active parameters")}
-{_card(equal, f"tokens from model, RAM and disk, in all {3 * serving['runs_per_tier']} runs")}
+{_card(equal, f"text from model, RAM and disk, in all {3 * serving['runs_per_tier']} runs")}
 {
         _card(
             _percent(report["exposed_fraction"]["disk"]),
@@ -179,7 +179,9 @@ to train on, {c["held_out_documents"]:,} with {c["held_out_tokens"]:,} held out,
 <p>Both models: {config["steps"]:,} steps of {config["batch_size"]} sequences of
 {config["sequence_length"]} tokens, AdamW, cosine schedule, peak learning rates
 {config["learning_rate"]:g} (matrices) and {config["embedding_learning_rate"]:g} (embeddings);
-the table's {config["table_learning_rate"]:g}. Same seed, same order of the data.</p>
+the table's {config["table_learning_rate"]:g}. Same seed, same order of the data. The first two
+rates were chosen beforehand by the dense model's held-out loss, and the model with L3 uses them as
+they are.</p>
 <p>Speeds are medians over {report["serving"]["runs_per_tier"]} runs a tier, in the order model,
 RAM, disk, disk, RAM, model. Exposed is what the runtime's ledger says that decoding was blocked
 for, divided by the time of the runs.</p>
