@@ -8,22 +8,18 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-pytest.importorskip("matplotlib")
-
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "scripts/demo"
-sys.path.insert(0, str(DEMO))
-
 import corpus
 import figures
+import numpy as np
+import pytest
 from sizes import TINY
 from training import build_dense, build_l3
 
 import l3ext
 from l3ext.training.parameters import count_parameters
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "scripts/demo"
 
 
 def run_demo(*arguments):
