@@ -44,7 +44,7 @@ class Chunk:
 
 
 def standard_library(*, limit: int) -> Corpus:
-    """The ``.py`` files of Python's standard library, tests left out, up to ``limit`` bytes.
+    """The ``.py`` files of Python's standard library, tests left out: about ``limit`` bytes.
 
     A file is held out, or not, by a hash of its name: the same on every machine. A text that came
     before is left out, so that nothing held out was trained on.
@@ -63,10 +63,10 @@ def standard_library(*, limit: int) -> Corpus:
             continue
         seen.add(text)
         size += len(text.encode())
-        if size > limit:
-            break
         share = hashlib.sha256(name.as_posix().encode()).digest()[0] / 256
         (held_out if share < _HELD_OUT_SHARE else train).append(text)
+        if size > limit and train and held_out:
+            break
     if not train or not held_out:
         raise OSError(errno.ENOENT, "expected Python's sources here; try --text FILE", str(root))
     version = sysconfig.get_python_version()
