@@ -13,8 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-# Not the library itself, its tests, and machine-made tables that differ in a few characters.
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+# Not the library itself, its tests, and what machines wrote: code tables that differ in a few
+# characters, the manual's text in one string.
+_SKIPPED = {
+    *("site-packages", "dist-packages", "test", "tests", "idle_test"),
+    *("encodings", "pydoc_data"),
+}
 _HELD_OUT_SHARE = 0.1
 _TAIL_SHARE = 0.05  # of a user's file
 _LEAST_BYTES = 50_000
@@ -51,7 +55,7 @@ def standard_library(*, limit: int) -> Corpus:
     """
     root = Path(sysconfig.get_path("stdlib"))
     train: list[str] = []
-    held_out: list[str] = []
+    held_out: list[tuple[float, str]] = []
     seen: set[str] = set()
     size = 0
     for path in sorted(root.rglob("*.py")):
@@ -63,14 +67,24 @@ def standard_library(*, limit: int) -> Corpus:
             continue
         seen.add(text)
         size += len(text.encode())
-        share = hashlib.sha256(name.as_posix().encode()).digest()[0] / 256
-        (held_out if share < _HELD_OUT_SHARE else train).append(text)
+        digest = hashlib.sha256(name.as_posix().encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        if share < _HELD_OUT_SHARE:
+            held_out.append((share, text))
+        else:
+            train.append(text)
         if size > limit and train and held_out:
             break
     if not train or not held_out:
         raise OSError(errno.ENOENT, "expected Python's sources here; try --text FILE", str(root))
     version = sysconfig.get_python_version()
-    return Corpus(f"the Python {version} standard library", train, held_out, list(_CODE_PROMPTS))
+    return Corpus(
+        name=f"the Python {version} standard library",
+        train=train,
+        # Shuffled by the same hash: the first part of it stands for the whole.
+        held_out=[text for _, text in sorted(held_out)],
+        prompts=list(_CODE_PROMPTS),
+    )
 
 
 def text_file(path: Path, *, limit: int) -> Corpus:
@@ -86,7 +100,7 @@ def text_file(path: Path, *, limit: int) -> Corpus:
     train, held_out = paragraphs[:cut], paragraphs[cut:]
     longest = sorted(held_out, key=len, reverse=True)[:3]
     prompts = [" ".join(paragraph.split(" ")[:8]) for paragraph in longest]
-    return Corpus(path.name, train, held_out, prompts)
+    return Corpus(name=path.name, train=train, held_out=held_out, prompts=prompts)
 
 
 def tokenise(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[Chunk]:

@@ -63,7 +63,7 @@ def rows_by_rank(rows: npt.NDArray[np.integer], tokens: Sequence[str], *, max_ro
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.set_xlabel("token, by rows owned")
         axes.set_ylabel("rows owned")
-        named = "   ".join(tokens)
+        named = ", ".join(tokens)
         axes.text(
             1.15, 1.15, f"largest owners:  {named}", size=9, color="#5b6472", family="monospace"
         )
@@ -74,6 +74,7 @@ def training_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
     """Training loss (smoothed) and held-out loss over tokens, by model name."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+        final = [curve[-1]["eval_loss"] for curve in curves.values()]
         for (name, curve), color in zip(curves.items(), (DENSE, L3), strict=True):
             tokens = np.array([point["tokens"] for point in curve]) / 1e6
             loss = _smooth(np.array([point["loss"] for point in curve]))
@@ -81,13 +82,14 @@ def training_curves(curves: dict[str, list[dict[str, Any]]]) -> str:
             held = [(p["tokens"] / 1e6, p["eval_loss"]) for p in curve if "eval_loss" in p]
             x, y = zip(*held, strict=True)
             axes.plot(x, y, "o-", color=color, linewidth=1.8, markersize=5, label=name)
+            place = (6, 2) if y[-1] == max(final) else (6, -9)  # apart, however close they end
             axes.annotate(
-                f"{y[-1]:.2f}", (x[-1], y[-1]), (6, -3), textcoords="offset points", color=color
+                f"{y[-1]:.2f}", (x[-1], y[-1]), place, textcoords="offset points", color=color
             )
         low = min(point["loss"] for curve in curves.values() for point in curve)
         high = max(p["eval_loss"] for curve in curves.values() for p in curve if "eval_loss" in p)
         axes.set_ylim(low - 0.1, high + 0.9)
-        axes.margins(x=0.03)
+        axes.margins(x=0.05)
         axes.set_xlabel("training tokens, millions")
         axes.set_ylabel("loss, nats per token")
         axes.legend(title="held-out (dots), training (thin)", alignment="left")
@@ -138,10 +140,11 @@ def _timeline(axes: Axes, tier: str, steps: list[dict[str, Any]]) -> None:
         axes.broken_barh([(begin, end - begin)], (1.1, 0.8), color=L3, alpha=0.8, linewidth=0)
         for layer in step["layers"]:
             fetch = (layer["fetch_begin_us"] - origin) / 1e3, layer["fetch_us"] / 1e3
-            axes.broken_barh([fetch], (0.1, 0.8), color=FETCH, linewidth=0)
+            # An outline keeps what is shorter than a pixel visible.
+            axes.broken_barh([fetch], (0.1, 0.8), facecolor=FETCH, edgecolor=FETCH, linewidth=0.8)
             if layer["exposed_us"] > 0:
                 wait = (layer["wait_begin_us"] - origin) / 1e3, layer["exposed_us"] / 1e3
-                axes.broken_barh([wait], (1.1, 0.8), color=WAIT, linewidth=0)
+                axes.broken_barh([wait], (1.1, 0.8), facecolor=WAIT, edgecolor=WAIT, linewidth=0.8)
     axes.set_yticks([0.5, 1.5], ["fetch", "compute"])
     axes.set_ylim(0, 2.05)
     axes.grid(axis="y", visible=False)
