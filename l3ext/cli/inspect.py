@@ -143,6 +143,7 @@ def _inspect_file(path: Path) -> Inspection:
             "tokens": counter.num_tokens,
             "codewords": counter.num_codewords,
             "memory_bytes": counter.nbytes,
+            "tokens_seen": int((counter.frequency > 0).sum()),
         }, None
     return {"kind": "allocation", **facts}, allocation.rows
 
