@@ -78,7 +78,13 @@ def generate(
         if not getattr(model.config, "l3_layers", None):
             raise ValueError(f"--tier: {directory} holds a model without lookup layers")
         place = (path or directory / TABLE_FILE) if tier == "disk" else None
-        runtime = l3ext.offload(model, tier=tier, path=place, cache_bytes=cache, device=device)
+        runtime = l3ext.offload(
+            model,
+            tier="disk" if tier == "disk" else "ram",
+            path=place,
+            cache_bytes=cache,
+            device=device,
+        )
     if sample:
         torch.manual_seed(seed)
         choice: dict[str, Any] = {"do_sample": True, "temperature": temperature}
