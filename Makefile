@@ -63,7 +63,7 @@ demo: $(VENV)/.develop
 	$(BIN)/python scripts/demo $(if $(TEXT),--text "$(TEXT)")
 
 $(VENV)/.lint: $(VENV)/.develop $(VENV)/.cmake
-	$(BIN)/pip install -q pre-commit==4.7.0 mypy==2.4.1
+	$(BIN)/pip install -q pre-commit==4.7.0 mypy==2.4.1 "pybind11>=3.0"
 	@touch $@
 
 lint: $(VENV)/.lint
