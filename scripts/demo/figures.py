@@ -139,6 +139,8 @@ def _timeline(axes: Axes, tier: str, steps: list[dict[str, Any]]) -> None:
         begin, end = ((step[edge] - origin) / 1e3 for edge in ("begin_us", "end_us"))
         axes.broken_barh([(begin, end - begin)], (1.1, 0.8), color=L3, alpha=0.8, linewidth=0)
         for layer in step["layers"]:
+            if layer["fetch_us"] == 0:  # every row was in the hot set: nothing was fetched
+                continue
             fetch = (layer["fetch_begin_us"] - origin) / 1e3, layer["fetch_us"] / 1e3
             # An outline keeps what is shorter than a pixel visible.
             axes.broken_barh([fetch], (0.1, 0.8), facecolor=FETCH, edgecolor=FETCH, linewidth=0.8)

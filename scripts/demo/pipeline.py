@@ -194,7 +194,9 @@ def _print_summary(report: dict[str, Any], out: Path) -> None:
     )
     for tier in TIERS:
         exposed = report["exposed_fraction"].get(tier)
-        waited = f", {100 * exposed:.2f} % of the time waiting for rows" if exposed else ""
+        waited = (
+            f", {100 * exposed:.2f} % of the time waiting for rows" if exposed is not None else ""
+        )
         print(f"tables {tier:<9}      {report['tokens_per_second'][tier]:.1f} tokens/s{waited}")
     print(f"same text             {'yes' if report['outputs_equal'] else 'NO'}")
     sample = report["serving"]["samples"][0]
