@@ -424,6 +424,32 @@ void the_ledger_counts_exactly() {
   EXPECT(prefetcher->ledger()->steps().empty() && prefetcher->ledger()->totals().bytes == 0);
 }
 
+void exposed_time_is_the_part_of_the_fetch_that_was_waited_for() {
+  constexpr int64_t kHold = 40'000'000;  // ns that a read takes
+  const Example example = make_example(4, 1, 8, 8, 17);
+  for (const bool computes : {false, true}) {
+    const auto source = std::make_shared<GatedTable>(example.rows.data());
+    const auto prefetcher = make_prefetcher({table_over(example, source)}, {});
+    Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{0, 1});
+    source->await_reader();
+    std::thread opener([&] {
+      std::this_thread::sleep_for(std::chrono::nanoseconds(kHold));
+      source->open();
+    });
+    if (computes) {  // longer than the fetch: all of it is hidden
+      opener.join();
+      std::this_thread::sleep_for(std::chrono::nanoseconds(kHold));
+    }
+    step.wait(0);
+    if (!computes) opener.join();
+    step.end();
+    const LayerRecord layer = prefetcher->ledger()->steps().at(0).layers.at(0);
+    EXPECT(layer.fetch_end_ns - layer.fetch_begin_ns >= kHold);
+    EXPECT(computes ? layer.exposed_ns == 0 : layer.exposed_ns >= kHold / 2);
+    EXPECT(layer.exposed_ns <= layer.wait_end_ns - layer.wait_begin_ns);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -445,5 +471,6 @@ int main() {
   RUN(a_wait_can_be_interrupted);
   RUN(a_forked_child_gets_an_error_and_leaves);
   RUN(the_ledger_counts_exactly);
+  RUN(exposed_time_is_the_part_of_the_fetch_that_was_waited_for);
   return check::failures == 0 ? 0 : 1;
 }
