@@ -31,4 +31,22 @@ void parallel_for(int num_threads, int64_t count, const F& f) {
   if (failed) std::rethrow_exception(error);
 }
 
+// Calls f(i, next) once for every i in [0, count), each thread in ascending order; `next` is the
+// task that the same thread does after it, or -1: time to ask for its memory.
+template <typename F>
+void parallel_for_ahead(int num_threads, int64_t count, const F& f) {
+  std::atomic<int64_t> unclaimed = 0;
+  const auto claim = [&] {
+    const int64_t i = unclaimed.fetch_add(1, std::memory_order_relaxed);
+    return i < count ? i : -1;
+  };
+  parallel_for(num_threads, num_threads, [&](int64_t) {
+    for (int64_t i = claim(); i >= 0;) {
+      const int64_t next = claim();
+      f(i, next);
+      i = next;
+    }
+  });
+}
+
 }  // namespace l3ext

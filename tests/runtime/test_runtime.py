@@ -254,7 +254,8 @@ def test_chrome_trace(tmp_path):
     assert sum(event["cat"] == "compute" for event in spans) == 40
     assert sum(event["cat"] == "fetch" for event in spans) >= 30
     named = {event["tid"] for event in events if event["name"] == "thread_name"}
-    assert {event["tid"] for event in spans} == named
+    # A worker that came too late for every piece has a lane and no spans.
+    assert {event["tid"] for event in spans} <= named
     for lane in named:  # spans of one lane do not overlap
         times = sorted(
             (event["ts"], event["ts"] + event["dur"]) for event in spans if event["tid"] == lane

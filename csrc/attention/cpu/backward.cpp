@@ -150,7 +150,8 @@ class Backward {
       return;
     }
     const auto carve = [&](Carver& carver) {
-      return std::tuple(carver.take<const T*>(rows), carver.take<const T*>(rows),
+      return std::tuple(carver.take<const T*>(rows + kRowsAhead),
+                        carver.take<const T*>(rows + kRowsAhead),
                         carver.take<Acc>(queries * p_.d_in), carver.take<Acc>(queries * p_.d_emb));
     };
     Carver sizes;
@@ -160,6 +161,10 @@ class Backward {
     for (int64_t r = 0; r < rows; ++r) {
       keys[r] = at(p_.keys, segment.row_begin + r);
       values[r] = at(p_.values, segment.row_begin + r);
+    }
+    for (int64_t r = 0; r < kRowsAhead; ++r) {
+      keys[rows + r] = values[std::min(r, rows - 1)];
+      values[rows + r] = keys[std::min(r, rows - 1)];
     }
     for (int64_t q = 0; q < queries; ++q) {
       kernels_.load(at(p_.x, positions[q]), x + q * p_.d_in, p_.d_in);
@@ -192,6 +197,7 @@ class Backward {
       for (int64_t i = 0; i < count; ++i) {
         pointers[i] = at(inputs, p_.plan.permutation[segment.query_begin + q + i]);
       }
+      std::fill_n(pointers + count, kRowsAhead, pointers[0]);
       kernels_.accumulate(pointers, count, weights + q * rows + begin, 1, rows, end - begin,
                           columns, sums, columns);
     }
@@ -202,7 +208,8 @@ class Backward {
                      int64_t end) const {
     const int64_t count = end - begin, width = std::max(p_.d_in, p_.d_emb);
     const auto carve = [&](Carver& carver) {
-      return std::tuple(carver.take<const T*>(kPointers), carver.take<Acc>(count * width));
+      return std::tuple(carver.take<const T*>(kPointers + kRowsAhead),
+                        carver.take<Acc>(count * width));
     };
     Carver sizes;
     carve(sizes);

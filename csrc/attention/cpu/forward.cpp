@@ -30,15 +30,17 @@ class Forward {
       return;
     }
     const std::vector<int32_t> order = longest_first(units);
-    parallel_for(p_.num_threads, static_cast<int64_t>(order.size()),
-                 [&](int64_t i) { run_unit(units[order[i]]); });
+    parallel_for_ahead(
+        p_.num_threads, static_cast<int64_t>(order.size()), [&](int64_t i, int64_t next) {
+          run_unit(units[order[i]], next < 0 ? nullptr : first_row(units[order[next]]));
+        });
   }
 
  private:
   // A unit's working arrays.
   struct Work {
-    const T** keys;    // [rows]
-    const T** values;  // [rows]
+    const T** keys;    // [rows], then the values
+    const T** values;  // [rows], then the next unit's keys
     Acc* x;            // [queries, d_in]
     Acc* scores;       // [queries, rows], then the softmax's numerators
     Acc* inverse;      // [queries], 1 / sum of the numerators
@@ -47,8 +49,8 @@ class Forward {
 
   Work carve(Carver& carver, const Unit& unit) const {
     Work work;
-    work.keys = carver.take<const T*>(unit.rows());
-    work.values = carver.take<const T*>(unit.rows());
+    work.keys = carver.take<const T*>(unit.rows() + kRowsAhead);
+    work.values = carver.take<const T*>(unit.rows() + kRowsAhead);
     work.x = carver.take<Acc>(unit.queries() * p_.d_in);
     work.scores = carver.take<Acc>(unit.queries() * unit.rows());
     work.inverse = carver.take<Acc>(unit.queries());
@@ -79,11 +81,23 @@ class Forward {
     return true;
   }
 
-  void prepare(const Unit& unit, const Work& work) const {
-    const T* key = static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride;
+  // The row that a unit reads first.
+  const T* first_row(const Unit& unit) const {
+    if (unit.rows() == 1) return value_row(unit.row_begin);
+    return static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride;
+  }
+
+  // `next_row`: where the thread reads on after this unit, or null.
+  void prepare(const Unit& unit, const Work& work, const T* next_row) const {
+    const T* key = first_row(unit);
+    if (next_row == nullptr) next_row = key;
     for (int64_t r = 0; r < unit.rows(); ++r) {
       work.keys[r] = key + r * p_.keys.stride;
       work.values[r] = value_row(unit.row_begin + r);
+    }
+    for (int64_t r = 0; r < kRowsAhead; ++r) {
+      work.keys[unit.rows() + r] = work.values[std::min(r, unit.rows() - 1)];
+      work.values[unit.rows() + r] = next_row + r * p_.keys.stride;
     }
     for (int64_t q = 0; q < unit.queries(); ++q) {
       kernels_.load(x_row(unit.query_begin + q), work.x + q * p_.d_in, p_.d_in);
@@ -109,13 +123,13 @@ class Forward {
     }
   }
 
-  void run_unit(const Unit& unit) const {
+  void run_unit(const Unit& unit, const T* next_row) const {
     if (run_trivial(unit)) return;
     Carver sizes;
     carve(sizes, unit);
     Carver carver(thread_scratch(sizes.bytes()));
     const Work work = carve(carver, unit);
-    prepare(unit, work);
+    prepare(unit, work, next_row);
     score(unit, work, 0, unit.rows());
     normalise(unit, work);
     kernels_.accumulate(work.values, unit.rows(), work.scores, unit.rows(), 1, unit.queries(),
@@ -149,7 +163,7 @@ class Forward {
     for (const Unit& unit : units) work.push_back(carve(carver, unit));
 
     for (size_t u = 0; u < units.size(); ++u) {
-      if (!run_trivial(units[u])) prepare(units[u], work[u]);
+      if (!run_trivial(units[u])) prepare(units[u], work[u], nullptr);
     }
     constexpr int64_t kRowSlice = 64, kColumnSlice = 128;
     const auto rows = slice(units, kRowSlice, [](const Unit& unit) { return unit.rows(); });
@@ -162,7 +176,7 @@ class Forward {
     const auto columns = slice(units, kColumnSlice, [&](const Unit&) { return p_.d_emb; });
     parallel_for(p_.num_threads, static_cast<int64_t>(columns.size()), [&](int64_t i) {
       const auto [u, begin, end] = columns[i];
-      std::vector<const T*> values(work[u].values, work[u].values + units[u].rows());
+      std::vector<const T*> values(work[u].values, work[u].values + units[u].rows() + kRowsAhead);
       for (const T*& value : values) value += begin;
       kernels_.accumulate(values.data(), units[u].rows(), work[u].scores, units[u].rows(), 1,
                           units[u].queries(), end - begin, work[u].y + begin, p_.d_emb);

@@ -10,6 +10,10 @@
 
 namespace l3ext::cpu {
 
+// Every array of row pointers goes on for this many pointers past its rows: what will be read next,
+// or anything. The kernels prefetch from there and never read.
+constexpr int64_t kRowsAhead = 32;
+
 // T: how rows are stored. Acc: what is computed and summed in.
 template <typename T>
 struct RowKernels {

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -128,6 +129,19 @@ inline void store(Vec<float> v, Float16* p) {
 #endif
 }
 
+// Keeps a loaded vector in a register. Otherwise GCC folds the load into every multiplication that
+// uses the vector: as many loads as FMAs, of which the processor does no more a cycle.
+template <typename V>
+inline void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#else
+  static_cast<void>(v);
+#endif
+}
+
 // The first `count` lanes; the rest are zero and nothing past them is read.
 template <typename T>
 inline auto load_partial(const T* p, int64_t count) {
@@ -142,15 +156,27 @@ inline void store_partial(Vec<Acc> v, T* p, int64_t count) {
   std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
+// v with its lanes moved down by kDistance, cyclically.
+template <typename Acc, int kDistance, size_t... kLane>
+inline Vec<Acc> rotate_lanes(Vec<Acc> v, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((kLane + kDistance) % sizeof...(kLane))...);
+#else
+  using Index = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  using Indices = typename VectorOf<Index, L3EXT_VECTOR_BYTES>::type;
+  return __builtin_shuffle(v, Indices{((kLane + kDistance) % sizeof...(kLane))...});
+#endif
+}
+
 // Halves are added until one lane is left: a fixed order for each width.
-template <typename Acc>
+template <typename Acc, int kWidth = kLanes<Acc> / 2>
 inline Acc sum_lanes(Vec<Acc> v) {
-  Acc lanes[kLanes<Acc>];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int width = kLanes<Acc> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  v += rotate_lanes<Acc, kWidth>(v, std::make_index_sequence<kLanes<Acc>>());
+  if constexpr (kWidth > 1) {
+    return sum_lanes<Acc, kWidth / 2>(v);
+  } else {
+    return v[0];
   }
-  return lanes[0];
 }
 
 // --- dot --------------------------------------------------------------------------------------
@@ -172,14 +198,17 @@ inline void dot_block(const T* const* rows, const T* const* next_rows, const Acc
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       if constexpr (kPrefetch) __builtin_prefetch(next_rows[r] + k);
-      const Vec<Acc> v = load(row[r] + k);
+      Vec<Acc> v = load(row[r] + k);
+      if constexpr (kQueries > 1) keep_in_register(v);
 #pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) sums[r][q] += v * queries[q];
     }
   }
   if (k < depth) {
+#pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
       const Vec<Acc> query = load_partial(x + q * x_stride + k, depth - k);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sums[r][q] += load_partial(row[r] + k, depth - k) * query;
     }
   }
@@ -216,32 +245,24 @@ void dot(const T* const* rows, int64_t num_rows, const Accumulator<T>* x, int64_
          int64_t queries, int64_t depth, Accumulator<T> scale, Accumulator<T>* out,
          int64_t out_stride) {
   constexpr int kRows = L3EXT_DOT_ROWS;
+  static_assert(kRows <= kRowsAhead);
   int64_t r = 0;
-  for (; r + kRows <= num_rows; r += kRows) {
-    const T* const* next = r + 2 * kRows <= num_rows ? rows + r + kRows : rows + r;
-    dot_rows<T, kRows>(rows + r, next, x, x_stride, queries, depth, scale, out + r, out_stride);
-  }
-  if constexpr (kRows > 4) {
-    if (r + 4 <= num_rows) {
-      dot_rows<T, 4>(rows + r, rows + r, x, x_stride, queries, depth, scale, out + r, out_stride);
-      r += 4;
-    }
-  }
-  if (r + 2 <= num_rows) {
-    dot_rows<T, 2>(rows + r, rows + r, x, x_stride, queries, depth, scale, out + r, out_stride);
-    r += 2;
-  }
-  for (; r < num_rows; ++r) {
-    dot_rows<T, 1>(rows + r, rows + r, x, x_stride, queries, depth, scale, out + r, out_stride);
-  }
+  const auto run = [&]<int kCount>(std::integral_constant<int, kCount>) {
+    dot_rows<T, kCount>(rows + r, rows + r + kCount, x, x_stride, queries, depth, scale, out + r,
+                        out_stride);
+    r += kCount;
+  };
+  while (r + kRows <= num_rows) run(std::integral_constant<int, kRows>{});
+  if (kRows > 4 && r + 4 <= num_rows) run(std::integral_constant<int, 4>{});
+  if (r + 2 <= num_rows) run(std::integral_constant<int, 2>{});
+  if (r < num_rows) run(std::integral_constant<int, 1>{});
 }
 
 // --- accumulate -------------------------------------------------------------------------------
 template <typename T, int kQueries, int kVectors, bool kPrefetch>
-inline void accumulate_block(const T* const* rows, int64_t num_rows, int64_t ahead,
-                             const Accumulator<T>* weights, int64_t query_stride,
-                             int64_t row_stride, int64_t column, Accumulator<T>* out,
-                             int64_t out_stride) {
+inline void accumulate_block(const T* const* rows, int64_t num_rows, const Accumulator<T>* weights,
+                             int64_t query_stride, int64_t row_stride, int64_t column,
+                             Accumulator<T>* out, int64_t out_stride) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
   Vec<Acc> sums[kQueries][kVectors];
@@ -254,9 +275,12 @@ inline void accumulate_block(const T* const* rows, int64_t num_rows, int64_t ahe
     const T* row = rows[r] + column;
     Vec<Acc> values[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) values[v] = load(row + v * kStep);
+    for (int v = 0; v < kVectors; ++v) {
+      values[v] = load(row + v * kStep);
+      if constexpr (kQueries > 1) keep_in_register(values[v]);
+    }
     if constexpr (kPrefetch) {
-      const T* next = rows[r + ahead] + column;
+      const T* next = rows[r + num_rows] + column;
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) __builtin_prefetch(next + v * kStep);
     }
@@ -288,25 +312,23 @@ inline void accumulate_tail(const T* const* rows, int64_t num_rows, const Accumu
 
 // One panel of columns for all queries: the panel's rows stay in the first-level cache.
 template <typename T, int kVectors>
-inline void accumulate_panel(const T* const* rows, int64_t num_rows, int64_t ahead,
-                             const Accumulator<T>* weights, int64_t query_stride,
-                             int64_t row_stride, int64_t queries, int64_t column,
-                             Accumulator<T>* out, int64_t out_stride) {
+inline void accumulate_panel(const T* const* rows, int64_t num_rows, const Accumulator<T>* weights,
+                             int64_t query_stride, int64_t row_stride, int64_t queries,
+                             int64_t column, Accumulator<T>* out, int64_t out_stride) {
   constexpr int kQueries = L3EXT_SUM_QUERIES;
   int64_t q = 0;
   if (queries >= kQueries) {
-    accumulate_block<T, kQueries, kVectors, true>(rows, num_rows, ahead, weights, query_stride,
-                                                  row_stride, column, out, out_stride);
+    accumulate_block<T, kQueries, kVectors, true>(rows, num_rows, weights, query_stride, row_stride,
+                                                  column, out, out_stride);
     for (q = kQueries; q + kQueries <= queries; q += kQueries) {
-      accumulate_block<T, kQueries, kVectors, false>(
-          rows, num_rows, ahead, weights + q * query_stride, query_stride, row_stride, column,
-          out + q * out_stride, out_stride);
+      accumulate_block<T, kQueries, kVectors, false>(rows, num_rows, weights + q * query_stride,
+                                                     query_stride, row_stride, column,
+                                                     out + q * out_stride, out_stride);
     }
   }
   for (; q < queries; ++q) {
-    accumulate_block<T, 1, kVectors, true>(rows, num_rows, ahead, weights + q * query_stride,
-                                           query_stride, row_stride, column, out + q * out_stride,
-                                           out_stride);
+    accumulate_block<T, 1, kVectors, true>(rows, num_rows, weights + q * query_stride, query_stride,
+                                           row_stride, column, out + q * out_stride, out_stride);
   }
 }
 
@@ -317,20 +339,19 @@ void accumulate(const T* const* rows, int64_t num_rows, const Accumulator<T>* we
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
   constexpr int kPanel = L3EXT_SUM_VECTORS * kStep;
-  constexpr int64_t kChunk = 32;  // rows between two visits of the sums in `out`
+  constexpr int64_t kChunk = kRowsAhead;  // rows between two visits of the sums in `out`
   for (int64_t r = 0; r < num_rows; r += kChunk) {
     const int64_t count = num_rows - r < kChunk ? num_rows - r : kChunk;
-    const int64_t ahead = r + 2 * count <= num_rows ? count : 0;
     const T* const* chunk = rows + r;
     const Acc* chunk_weights = weights + r * row_stride;
     int64_t column = 0;
     for (; column + kPanel <= columns; column += kPanel) {
-      accumulate_panel<T, L3EXT_SUM_VECTORS>(chunk, count, ahead, chunk_weights, query_stride,
-                                             row_stride, queries, column, out, out_stride);
+      accumulate_panel<T, L3EXT_SUM_VECTORS>(chunk, count, chunk_weights, query_stride, row_stride,
+                                             queries, column, out, out_stride);
     }
     for (; column + kStep <= columns; column += kStep) {
-      accumulate_panel<T, 1>(chunk, count, ahead, chunk_weights, query_stride, row_stride, queries,
-                             column, out, out_stride);
+      accumulate_panel<T, 1>(chunk, count, chunk_weights, query_stride, row_stride, queries, column,
+                             out, out_stride);
     }
     if (column < columns) {
       for (int64_t q = 0; q < queries; ++q) {
