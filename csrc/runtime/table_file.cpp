@@ -288,10 +288,11 @@ void write_table_file(const std::string& path, std::span<const TableData> tables
     const auto vocab = static_cast<int64_t>(checksums[layer].size());
     layout.add(layer_key(layer, "crc32c"), "U32", {vocab}, checksums[layer].data(), vocab * 4);
   }
-  layout.header.metadata["format"] = kFormat;
-  layout.header.metadata["version"] = kVersion;
-  layout.header.metadata["layers"] = concat(tables.size());
-  layout.header.metadata["content_crc32c"] = concat(crc);
+  auto& metadata = layout.header.metadata;
+  metadata.emplace("format", kFormat);
+  metadata.emplace("version", kVersion);
+  metadata.emplace("layers", concat(tables.size()));
+  metadata.emplace("content_crc32c", concat(crc));
 
   AtomicFile file(path);
   const std::string header = format_safetensors_header(layout.header, kAlignment);

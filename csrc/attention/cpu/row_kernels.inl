@@ -250,11 +250,11 @@ void dot(const T* const* rows, int64_t num_rows, const Accumulator<T>* x, int64_
   const auto run = [&]<int kCount>(std::integral_constant<int, kCount>) {
     dot_rows<T, kCount>(rows + r, rows + r + kCount, x, x_stride, queries, depth, scale, out + r,
                         out_stride);
-    r += kCount;
+    return kCount;
   };
-  while (r + kRows <= num_rows) run(std::integral_constant<int, kRows>{});
-  if (kRows > 4 && r + 4 <= num_rows) run(std::integral_constant<int, 4>{});
-  if (r + 2 <= num_rows) run(std::integral_constant<int, 2>{});
+  while (r + kRows <= num_rows) r += run(std::integral_constant<int, kRows>{});
+  if (kRows > 4 && r + 4 <= num_rows) r += run(std::integral_constant<int, 4>{});
+  if (r + 2 <= num_rows) r += run(std::integral_constant<int, 2>{});
   if (r < num_rows) run(std::integral_constant<int, 1>{});
 }
 
