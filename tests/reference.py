@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import torch
 
@@ -48,3 +50,10 @@ def make_step(rows, num_tokens, d_in, d_emb, dtype, seed=0, tied=False):
     x = torch.randn(num_tokens, d_in, generator=generator, dtype=torch.float64)
     token_ids = torch.randint(0, len(rows), (num_tokens,), generator=generator)
     return x.to(dtype), table.to(dtype), offsets, token_ids
+
+
+def untouched_zeros(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """A [rows, width] tensor of zeros of which only the touched pages take memory."""
+    no_reserve = 0x4000  # MAP_NORESERVE: no promise of memory that a small machine would refuse
+    memory = mmap.mmap(-1, rows * width * dtype.itemsize, flags=mmap.MAP_PRIVATE | no_reserve)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, width)
