@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import l3ext
+from l3ext import _C
 
 
 def _first_line(path: str, key: str) -> str:
@@ -44,7 +45,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "last_level_cache": cache.read_text().strip() if cache.exists() else "unknown",
-        "isa": l3ext._C.cpu_isa(),
+        "isa": _C.cpu_isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "l3ext": l3ext.__version__,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import l3ext
+from l3ext import _C
 from l3ext.ops import table_attention
 from tests import reference
 
@@ -91,7 +92,8 @@ def test_compile_without_graph_breaks():
 
 
 SCRIPT = """
-import torch, l3ext, sys
+import torch, l3ext
+from l3ext import _C
 from tests import reference
 rows = [1, 2, 3, 5, 8, 17, 40]
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -107,13 +109,13 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         reference.assert_close(y.detach(), want.detach(), f"y {dtype}")
         reference.assert_close(x.grad, x64.grad, f"dx {dtype}", factor=4)
         reference.assert_close(table.grad, t64.grad, f"dtable {dtype}", factor=4)
-print(l3ext._C.cpu_isa())
+print(_C.cpu_isa())
 """
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_that_this_machine_runs(isa):
-    features = l3ext._C.cpu_features()
+    features = _C.cpu_features()
     if isa != "baseline" and not features[isa]:
         pytest.skip(f"this processor has no {isa}: avx kernels need one that does")
     result = subprocess.run(
