@@ -24,8 +24,11 @@ struct PlanView {
   const int32_t* permutation = nullptr;      // [num_tokens]
   const int32_t* segment_queries = nullptr;  // [num_tokens + 1]
   const int64_t* segment_rows = nullptr;     // [>= num_segments, 2]
+  const int32_t* segment_tokens = nullptr;   // [>= num_segments]; read with a directory only
   int64_t num_tokens = 0;
-  int64_t num_segments = 0;
+  int64_t num_segments = 0;     // on the CPU; on a device it lies in the schedule
+  int32_t* schedule = nullptr;  // on a device: attention/cuda/schedule.hpp
+  int64_t max_rows = 0;         // on a device: no segment has more rows
 };
 
 // What forward and backward both read.
@@ -34,12 +37,16 @@ struct SegmentedAttentionInputs {
   Rows x;                         // [num_tokens, d_in]
   Rows keys;                      // [table_rows, d_in]
   Rows values;                    // [table_rows, d_emb]
+  // [vocab_size], or null: the address of each token's first row, wherever it lies. Then keys.data
+  // and values.data are null, the strides hold, and values start value_offset elements behind keys.
+  const int64_t* directory = nullptr;
+  int64_t value_offset = 0;
   PlanView plan;
   int64_t table_rows = 0;
   int64_t d_in = 0;
   int64_t d_emb = 0;
   double scale = 1.0;
-  int num_threads = 1;  // any number gives the same bits
+  int num_threads = 1;  // on the CPU; any number gives the same bits
 };
 
 struct SegmentedAttentionParams : SegmentedAttentionInputs {
@@ -53,6 +60,9 @@ struct SegmentedAttentionBackwardParams : SegmentedAttentionInputs {
   MutableRows dx;       // [num_tokens, d_in]; null data: not wanted
   MutableRows dkeys;    // [table_rows, d_in]; null data: no row gradients. Every row is written
   MutableRows dvalues;  // [table_rows, d_emb]; null data with dkeys set: tied, the sum into dkeys
+  // [>= num_segments], or null: where each segment's gradient rows begin in dkeys and dvalues, if
+  // not at its segment_rows. Then only the segments' rows are written, packed by the caller's wish.
+  const int64_t* segment_gradients = nullptr;
 };
 
 // Both throw kValue for a plan that does not fit (positions or rows out of range) before they

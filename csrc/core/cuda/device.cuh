@@ -1,0 +1,82 @@
+// What kernel files include instead of the CUDA headers. Under nvcc it is CUDA; elsewhere it is the
+// emulation of tests/emulation, which runs the same kernels on the host, thread by thread, so that
+// their logic is tested where there is no GPU.
+//
+// Kernels take one argument struct, keep all shared memory in dynamic_shared(), and reach inline
+// assembly only through core/cuda/primitives.cuh: that is all an emulation has to know.
+#pragma once
+
+#ifdef __CUDACC__
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/cuda/check.hpp"
+
+namespace l3ext::cuda {
+
+using Stream = cudaStream_t;
+
+// The block's dynamic shared memory, aligned to 128 bytes.
+__device__ inline std::byte* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char l3ext_dynamic_shared[];
+  return reinterpret_cast<std::byte*>(l3ext_dynamic_shared);
+}
+
+// Every block of a cooperative launch waits for all others; their global writes are visible after.
+__device__ inline void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// The properties that launches are shaped by, of the current device.
+struct DeviceLimits {
+  int multiprocessors = 0;
+  int64_t shared_bytes = 0;  // of one block, at most
+};
+
+inline DeviceLimits device_limits() {
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  L3EXT_CUDA_CHECK(cudaGetDevice(&device));
+  L3EXT_CUDA_CHECK(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  L3EXT_CUDA_CHECK(
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return {multiprocessors, shared_bytes};
+}
+
+// Blocks of `kernel` that run at the same time on the whole device; 0: it does not fit.
+template <typename Args>
+int resident_blocks(void (*kernel)(Args), int threads, int64_t shared_bytes) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  L3EXT_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  int blocks = 0;
+  L3EXT_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &blocks, function, threads, static_cast<size_t>(shared_bytes)));
+  return blocks * device_limits().multiprocessors;
+}
+
+// Launches kernel(args); the caller has asked resident_blocks() for the same shape before.
+template <typename Args>
+void launch(void (*kernel)(Args), int blocks, int threads, int64_t shared_bytes, Stream stream,
+            const Args& args, bool cooperative = false) {
+  if (blocks == 0) return;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
+  L3EXT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+}
+
+}  // namespace l3ext::cuda
+
+#else
+#include "emulated_device.hpp"
+#endif
