@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/cuda/host_device.hpp"
+
 namespace l3ext::cuda {
 
 // A chunk is some queries of one segment, attended by one block at a time.
@@ -23,10 +25,12 @@ struct Chunk {
 
 struct ScheduleHeader {
   int32_t num_segments;
-  int32_t dense_chunks;   // chunks[0 .. dense)
-  int32_t stream_chunks;  // chunks[dense .. dense + stream)
-  int32_t copy_chunks;    // the rest
-  int32_t reserved[12];   // 0
+  int32_t dense_chunks;    // chunks[0 .. dense)
+  int32_t stream_chunks;   // chunks[dense .. dense + stream)
+  int32_t copy_chunks;     // the rest
+  int32_t split_segments;  // with rows and more than kStreamQueries queries: no single chunk sums
+                           // their row gradients
+  int32_t reserved[11];    // 0
 };
 
 // Sections of the array, in this order. Within a kind, chunks follow segment_order, then
@@ -35,14 +39,16 @@ struct Schedule {
   ScheduleHeader* header;
   Chunk* chunks;             // [num_tokens]
   int64_t* segment_weights;  // [num_tokens]: first element of the segment's weights in the backward
-                             // workspace: the sum of rows * queries rounded up to 8 before it
-  int32_t* segment_order;    // [num_tokens]: segments, most work first; ties by index
+                             // workspace: over the split segments before it, the sum of rows times
+                             // queries rounded up to 8
+  int32_t* segment_order;    // [num_tokens]: the split segments, then the others; in each part most
+                             // work first (by power of two), ties by index
 };
 
 // int32 entries of the array; aligned to 16 bytes it keeps every section aligned.
 constexpr int64_t schedule_entries(int64_t num_tokens) { return 16 + 7 * num_tokens; }
 
-inline Schedule carve_schedule(int32_t* array, int64_t num_tokens) {
+L3EXT_HOST_DEVICE inline Schedule carve_schedule(int32_t* array, int64_t num_tokens) {
   return {reinterpret_cast<ScheduleHeader*>(array), reinterpret_cast<Chunk*>(array + 16),
           reinterpret_cast<int64_t*>(array + 16 + 4 * num_tokens), array + 16 + 6 * num_tokens};
 }

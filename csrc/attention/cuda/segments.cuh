@@ -1,0 +1,251 @@
+// What every kernel does with a segment: find its rows, score them, take the softmax.
+#pragma once
+
+#include <cmath>
+
+#include "attention/cuda/schedule.hpp"
+#include "attention/cuda/tiles.cuh"
+
+namespace l3ext::cuda {
+
+inline constexpr int kWarps = 8;  // of every block of the attention kernels
+inline constexpr int kThreads = 32 * kWarps;
+
+// --- rows -------------------------------------------------------------------------------------------
+// A table, or a directory of where each token's rows lie; see SegmentedAttentionInputs.
+struct Table {
+  const void* keys;
+  const void* values;
+  int64_t key_stride;
+  int64_t value_stride;
+  const int64_t* directory;
+  int64_t value_offset;
+  const int32_t* segment_tokens;
+  const int64_t* segment_rows;
+  int64_t max_rows;
+};
+
+template <typename T>
+struct SegmentRows {
+  const T* keys;
+  const T* values;
+  int count;  // -1: no such token, no address, or more rows than promised; its outputs are NaN
+};
+
+template <typename T>
+__device__ inline SegmentRows<T> rows_of(const Table& table, int segment) {
+  const int64_t begin = table.segment_rows[2 * static_cast<int64_t>(segment)];
+  const int64_t count = table.segment_rows[2 * static_cast<int64_t>(segment) + 1] - begin;
+  if (begin < 0 || count < 0 || count > table.max_rows) return {nullptr, nullptr, -1};
+  const int rows = static_cast<int>(count);
+  if (table.directory == nullptr) {
+    return {static_cast<const T*>(table.keys) + begin * table.key_stride,
+            static_cast<const T*>(table.values) + begin * table.value_stride, rows};
+  }
+  const int64_t address = table.directory[table.segment_tokens[segment]];
+  if (address == 0 && rows > 0) return {nullptr, nullptr, -1};
+  const T* keys = reinterpret_cast<const T*>(address);
+  return {keys, keys + table.value_offset, rows};
+}
+
+// Writes `value` to row i of the chunk's outputs, [queries, width]; one warp.
+template <typename T>
+__device__ inline void fill_row(T* row, int width, float value) {
+  float v[kVector<T>];
+#pragma unroll
+  for (float& x : v) x = value;
+  for (int i = lane() * kVector<T>; i < width; i += 32 * kVector<T>) store_vector<T>(row + i, v);
+}
+
+__device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
+
+// --- queries ----------------------------------------------------------------------------------------
+// Rows of x (or dy) in the plan's order.
+template <typename T>
+struct QuerySource {
+  const T* base;
+  int64_t stride;
+  const int32_t* permutation;  // at the first query
+  int count;
+};
+
+// Queries of many tiles, staged by the whole block: a ring of column chunks in shared memory, filled
+// in the background. Every warp calls begin_step for the same columns, `passes` times from 0 to
+// width.
+template <typename T, int Tiles>
+class StagedQueries {
+ public:
+  static constexpr int kStages = 3;
+  static constexpr int kColumns = 16 * kVector<T>;
+  // Half a bank row over: the two queries that a quarter-warp reads lie in different halves.
+  static constexpr int kQueryBytes = kColumns * static_cast<int>(sizeof(T)) + 64;
+  static constexpr int kStageBytes = Tiles * kTileQueries * kQueryBytes;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+
+  __device__ StagedQueries(std::byte* ring, const QuerySource<T>& source, int width, int passes)
+      : ring_(ring),
+        source_(source),
+        width_(width),
+        chunks_((width + kColumns - 1) / kColumns),
+        total_(passes * chunks_) {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) fill();
+  }
+
+  __device__ void begin_step(int column) {
+    if (column % kColumns != 0) return;
+    wait_copies<kStages - 2>();
+    // The chunk is there for all; and all are done with the one before it, whose place is next.
+    __syncthreads();
+    slot_ = used_++ % kStages;
+    fill();
+  }
+
+  __device__ uint4 load(int tile, int column) const {
+    const int query = query_of_lane(tile, sizeof(T));
+    const int bytes = (column % kColumns + kVector<T> * (lane() % 4)) * static_cast<int>(sizeof(T));
+    return *reinterpret_cast<const uint4*>(ring_ + slot_ * kStageBytes + query * kQueryBytes +
+                                           bytes);
+  }
+
+ private:
+  __device__ void fill() {
+    if (filled_ < total_) {
+      constexpr int kVectors = kColumns / kVector<T>;
+      std::byte* stage = ring_ + filled_ % kStages * kStageBytes;
+      const int first = filled_ % chunks_ * kColumns;
+      for (int i = threadIdx.x; i < Tiles * kTileQueries * kVectors; i += kThreads) {
+        const int query = i / kVectors, column = i % kVectors * kVector<T>;
+        const bool valid = query < source_.count && first + column < width_;
+        const T* from = source_.base;
+        if (valid) {
+          from += __ldg(source_.permutation + query) * source_.stride + first + column;
+        }
+        copy_async(stage + query * kQueryBytes + column * sizeof(T), from, valid);
+      }
+    }
+    commit_copies();  // an empty group too: wait_copies counts groups
+    ++filled_;
+  }
+
+  std::byte* ring_;
+  const QuerySource<T>& source_;
+  int width_;
+  int chunks_;
+  int total_;
+  int filled_ = 0;
+  int used_ = 0;
+  int slot_ = 0;
+};
+
+// --- scores -----------------------------------------------------------------------------------------
+// Floats from one query's scores to the next: room for max_rows, and for the column slices of few
+// rows; an odd multiple of 16, which keeps float4 reads of neighbouring queries in different banks.
+L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
+  const int64_t rows = max_rows > 128 ? max_rows : 128;
+  return static_cast<int>((rows + 31) / 32 * 32 + 16);
+}
+
+// Where rows are too few to occupy the block's warps, the warps share out columns instead. A
+// function of the rows alone, so that it does not change a query's bits.
+__device__ inline int column_slices(int blocks) {
+  return blocks > 4 ? 1 : blocks > 2 ? 2 : blocks > 1 ? 4 : 8;
+}
+
+// scores[query * stride + slice * 16 * blocks + row] for rows [0, count), count >= 1, in blocks of
+// 16. Barriers are the caller's: before it (scores and ring are free) and after.
+template <typename T, int Tiles, bool Staged>
+__device__ inline void score_rows(const T* rows, int64_t row_stride, int count,
+                                  const QuerySource<T>& source, int width, float* scores,
+                                  int stride, std::byte* ring) {
+  const int blocks = (count + kBlockRows - 1) / kBlockRows;
+  const auto run = [&]<int RowBlocks, int Depth>(auto& queries, int block, int slice, int slices) {
+    const int steps = width / kColumnStep<T>;
+    RowProducts<T, RowBlocks, Tiles, Depth> products;
+    products.tiles = (source.count + kTileQueries - 1) / kTileQueries;
+    products.run(rows + static_cast<int64_t>(block) * kBlockRows * row_stride, row_stride,
+                 count - block * kBlockRows, queries, steps * slice / slices * kColumnStep<T>,
+                 steps * (slice + 1) / slices * kColumnStep<T>);
+    products.finish([&](int row, int query, float value) {
+      const int r = block * kBlockRows + row;
+      if (r < blocks * kBlockRows) {
+        scores[query * stride + slice * blocks * kBlockRows + r] = value;
+      }
+    });
+  };
+  if (blocks <= kWarps) {
+    const int slices = column_slices(blocks);
+    const int block = warp() / slices;
+    if (block < blocks) {
+      GatheredQueries<T, Tiles> queries(source.base, source.stride, source.permutation,
+                                        source.count);
+      run.template operator()<1, Tiles == 1 ? 4 : 1>(queries, block, warp() % slices, slices);
+    }
+  } else if constexpr (!Staged) {
+    GatheredQueries<T, Tiles> queries(source.base, source.stride, source.permutation, source.count);
+    for (int block = 2 * warp(); block < blocks; block += 2 * kWarps) {
+      run.template operator()<2, 2>(queries, block, 0, 1);
+    }
+  } else {
+    const auto staged = [&]<int RowBlocks>() {
+      const int passes = (blocks + kWarps * RowBlocks - 1) / (kWarps * RowBlocks);
+      StagedQueries<T, Tiles> queries(ring, source, width, passes);
+      for (int pass = 0; pass < passes; ++pass) {
+        const int block = (pass * kWarps + warp()) * RowBlocks;
+        if (block < blocks) {
+          run.template operator()<RowBlocks, 1>(queries, block, 0, 1);
+        } else {
+          for (int k = 0; k < width; k += kColumnStep<T>) queries.begin_step(k);
+        }
+      }
+    };
+    if (blocks <= 2 * kWarps) {
+      staged.template operator()<2>();
+    } else {
+      staged.template operator()<4>();
+    }
+  }
+}
+
+// Reductions that leave every lane the same bits.
+__device__ inline float warp_sum(float v) {
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) v += __shfl_xor_sync(0xffffffffu, v, i);
+  return v;
+}
+__device__ inline float warp_max(float v) {
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, i));
+  return v;
+}
+
+// The sum of a row's column slices, in order.
+__device__ inline float whole_score(const float* scores, int row, int slices, int slice_stride) {
+  float sum = scores[row];
+  for (int j = 1; j < slices; ++j) sum += scores[j * slice_stride + row];
+  return sum;
+}
+
+// One query's softmax by one warp: scores of `rows` rows, as score_rows leaves them, become
+// exp(scale * (score - max)), zeros follow to the next multiple of 16. Returns their sum; NaN
+// where a score is NaN or all are -infinity, as the definition has it.
+__device__ inline float exponentials(float* scores, int rows, float scale) {
+  const int padded = (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+  const int slices = padded <= kWarps * kBlockRows ? column_slices(padded / kBlockRows) : 1;
+  float largest = -INFINITY;
+  for (int r = lane(); r < rows; r += 32) {
+    const float score = scale * whole_score(scores, r, slices, padded);
+    scores[r] = score;
+    largest = fmaxf(largest, score);
+  }
+  largest = warp_max(largest);
+  float sum = 0;
+  for (int r = lane(); r < padded; r += 32) {
+    const float e = r < rows ? expf(scores[r] - largest) : 0.0f;
+    scores[r] = e;
+    sum += e;
+  }
+  return warp_sum(sum);
+}
+
+}  // namespace l3ext::cuda
