@@ -1,9 +1,9 @@
 // Forward for training and prefill. Parallel over chunks: one block attends the queries of a chunk
-// to all rows of their segment. First its warps share the rows (scores), then the columns (sums), so
-// every row is read once and no partial sums cross warps; the scores lie in shared memory between.
-// Limited by the bytes of rows for the stream chunks (8 queries, three quarters of all rows), by the
-// matrix units and L1 for the dense ones. The permutation is applied where queries are loaded and
-// outputs stored.
+// to all rows of their segment. First its warps share the rows (scores), then the columns (sums),
+// so every row is read once and no partial sums cross warps; the scores lie in shared memory
+// between. Limited by the bytes of rows for the stream chunks (8 queries, three quarters of all
+// rows), by the matrix units and L1 for the dense ones. The permutation is applied where queries
+// are loaded and outputs stored.
 #pragma once
 
 #include "attention/cuda/segments.cuh"
@@ -11,51 +11,14 @@
 namespace l3ext::cuda {
 
 struct ForwardArgs {
-  Table table;
-  const void* x;     // [num_tokens, d_in]
-  int64_t x_stride;  // elements, as all strides
-  void* y;           // [num_tokens, d_emb]
-  int64_t y_stride;
-  const int32_t* permutation;      // [num_tokens]
-  int32_t* schedule;               // [schedule_entries(num_tokens)]
-  int64_t num_tokens;
-  int d_in;
-  int d_emb;
-  float scale;
+  Attention attention;
   bool dense;   // this launch serves the dense chunks
   bool stream;  // this launch serves the stream and copy chunks
 };
 
-inline constexpr int64_t forward_shared_bytes(int tiles, bool staged, int64_t ring_bytes,
-                                              int64_t max_rows) {
-  const int64_t scores = static_cast<int64_t>(tiles) * kTileQueries * (score_stride(max_rows) + 1);
-  return 4 * scores + (staged ? ring_bytes : 0);
-}
-
-template <typename T>
-__device__ inline T* output_row(void* base, int64_t stride, int32_t position) {
-  return static_cast<T*>(base) + position * stride;
-}
-
-// Segments of one row (a softmax of 1, whatever the key), of none, or of no such token. One warp.
-template <typename T>
-__device__ inline void copy_chunk(const ForwardArgs& a, const Chunk& chunk) {
-  const auto rows = rows_of<T>(a.table, chunk.segment);
-  for (int i = 0; i < chunk.queries; ++i) {
-    T* y = output_row<T>(a.y, a.y_stride, a.permutation[chunk.query_begin + i]);
-    if (rows.count != 1) {
-      fill_row(y, a.d_emb, rows.count == 0 ? 0.0f : not_a_number());
-      continue;
-    }
-    for (int c = lane() * kVector<T>; c < a.d_emb; c += 32 * kVector<T>) {
-      *reinterpret_cast<uint4*>(y + c) = __ldg(reinterpret_cast<const uint4*>(rows.values + c));
-    }
-  }
-}
-
 // `queries` of at most 8 * Tiles queries, by the block.
 template <typename T, int Tiles, bool Staged>
-__device__ inline void attend(const ForwardArgs& a, const SegmentRows<T>& rows, int query_begin,
+__device__ inline void attend(const Attention& a, const SegmentRows<T>& rows, int query_begin,
                               int queries) {
   const int stride = score_stride(a.table.max_rows);
   auto* scores = reinterpret_cast<float*>(dynamic_shared());
@@ -68,14 +31,15 @@ __device__ inline void attend(const ForwardArgs& a, const SegmentRows<T>& rows, 
                                stride, ring);
   __syncthreads();
   // Queries that pad the last tile too: their scores are those of zeros, and finite.
+  const int slices = column_slices(rows.count);
   const int padded = (queries + kTileQueries - 1) / kTileQueries * kTileQueries;
   for (int q = warp(); q < padded; q += kWarps) {
-    const float sum = exponentials(scores + q * stride, rows.count, a.scale);
+    const float sum = exponentials(scores + q * stride, rows.count, slices, a.scale);
     if (lane() == 0) inverse[q] = 1.0f / sum;
   }
   __syncthreads();
   for (int tile = warp(); tile < a.d_emb / kTileColumns; tile += kWarps) {
-    ColumnSums<T, Tiles, Tiles == 1 ? 2 : 1> sums;
+    ColumnSums<T, Tiles, 1> sums;
     sums.clear();
     sums.tiles = padded / kTileQueries;
     sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, 0, rows.count,
@@ -84,27 +48,25 @@ __device__ inline void attend(const ForwardArgs& a, const SegmentRows<T>& rows, 
       if (q >= queries) return;
 #pragma unroll
       for (float& x : v) x *= inverse[q];
-      store_vector<T>(output_row<T>(a.y, a.y_stride, __ldg(permutation + q)) +
-                          tile * kTileColumns + column,
-                      v);
+      store_vector<T>(
+          row_of<T>(a.y, a.y_stride, __ldg(permutation + q)) + tile * kTileColumns + column, v);
     });
   }
 }
 
 template <typename T, int Tiles, bool Staged>
-__global__ void __launch_bounds__(kThreads, Staged ? 1 : 2) forward_kernel(ForwardArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, Staged>)
+    forward_kernel(ForwardArgs args) {
+  const Attention& a = args.attention;
   const Schedule schedule = carve_schedule(a.schedule, a.num_tokens);
   const ScheduleHeader& header = *schedule.header;
-  const int first = a.dense ? 0 : header.dense_chunks;
-  const int last = header.dense_chunks + (a.stream ? header.stream_chunks : 0);
+  const int first = args.dense ? 0 : header.dense_chunks;
+  const int last = header.dense_chunks + (args.stream ? header.stream_chunks : 0);
   for (int i = first + blockIdx.x; i < last; i += gridDim.x) {
     const Chunk chunk = schedule.chunks[i];
     const auto rows = rows_of<T>(a.table, chunk.segment);
     if (rows.count <= 0) {
-      for (int q = warp(); q < chunk.queries; q += kWarps) {
-        fill_row(output_row<T>(a.y, a.y_stride, a.permutation[chunk.query_begin + q]), a.d_emb,
-                 rows.count == 0 ? 0.0f : not_a_number());
-      }
+      fill_outputs<T>(a, chunk, rows.count == 0 ? 0.0f : not_a_number());
       continue;
     }
     for (int q = 0; q < chunk.queries; q += Tiles * kTileQueries) {
@@ -113,11 +75,7 @@ __global__ void __launch_bounds__(kThreads, Staged ? 1 : 2) forward_kernel(Forwa
       __syncthreads();  // the next chunk's scores take this one's place
     }
   }
-  if (!a.stream) return;
-  const int copies = header.dense_chunks + header.stream_chunks;
-  for (int i = blockIdx.x * kWarps + warp(); i < header.copy_chunks; i += gridDim.x * kWarps) {
-    copy_chunk<T>(a, schedule.chunks[copies + i]);
-  }
+  if (args.stream) copy_chunks<T>(a, schedule);
 }
 
 }  // namespace l3ext::cuda

@@ -10,14 +10,19 @@ namespace l3ext::cuda {
 
 inline constexpr int kWarps = 8;  // of every block of the attention kernels
 inline constexpr int kThreads = 32 * kWarps;
+// Streaming wants blocks that load while others wait at a barrier; the dense tiles and the FMA
+// units' accumulators want all registers.
+template <typename T, bool Dense>
+inline constexpr int kBlocksPerMultiprocessor = sizeof(T) == 2 && !Dense ? 2 : 1;
 
-// --- rows -------------------------------------------------------------------------------------------
-// A table, or a directory of where each token's rows lie; see SegmentedAttentionInputs.
+// --- rows
+// ------------------------------------------------------------------------------------------- A
+// table, or a directory of where each token's rows lie; see SegmentedAttentionInputs.
 struct Table {
   const void* keys;
   const void* values;
-  int64_t key_stride;
-  int64_t value_stride;
+  int key_stride;
+  int value_stride;
   const int64_t* directory;
   int64_t value_offset;
   const int32_t* segment_tokens;
@@ -48,7 +53,31 @@ __device__ inline SegmentRows<T> rows_of(const Table& table, int segment) {
   return {keys, keys + table.value_offset, rows};
 }
 
-// Writes `value` to row i of the chunk's outputs, [queries, width]; one warp.
+// --- outputs
+// ---------------------------------------------------------------------------------------- What
+// every forward kernel reads and writes.
+struct Attention {
+  Table table;
+  const void* x;  // [num_tokens, d_in]
+  int x_stride;   // elements, as all strides
+  void* y;        // [num_tokens, d_emb]
+  int y_stride;
+  const int32_t* permutation;  // [num_tokens]
+  int32_t* schedule;           // [schedule_entries(num_tokens)]
+  int64_t num_tokens;
+  int d_in;
+  int d_emb;
+  float scale;
+};
+
+template <typename T>
+__device__ inline T* row_of(void* base, int stride, int64_t row) {
+  return static_cast<T*>(base) + row * stride;
+}
+
+__device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
+
+// Fills one row; one warp.
 template <typename T>
 __device__ inline void fill_row(T* row, int width, float value) {
   float v[kVector<T>];
@@ -57,21 +86,55 @@ __device__ inline void fill_row(T* row, int width, float value) {
   for (int i = lane() * kVector<T>; i < width; i += 32 * kVector<T>) store_vector<T>(row + i, v);
 }
 
-__device__ inline float not_a_number() { return __uint_as_float(0x7fc00000u); }
+// Fills the outputs of a chunk; the whole block.
+template <typename T>
+__device__ inline void fill_outputs(const Attention& a, const Chunk& chunk, float value) {
+  for (int q = warp(); q < chunk.queries; q += kWarps) {
+    fill_row(row_of<T>(a.y, a.y_stride, a.permutation[chunk.query_begin + q]), a.d_emb, value);
+  }
+}
 
-// --- queries ----------------------------------------------------------------------------------------
-// Rows of x (or dy) in the plan's order.
+// Segments of one row (a softmax of 1, whatever the key), of none, or of no such token; one warp.
+template <typename T>
+__device__ inline void copy_chunk(const Attention& a, const Chunk& chunk) {
+  const auto rows = rows_of<T>(a.table, chunk.segment);
+  for (int i = 0; i < chunk.queries; ++i) {
+    T* y = row_of<T>(a.y, a.y_stride, a.permutation[chunk.query_begin + i]);
+    if (rows.count != 1) {
+      fill_row(y, a.d_emb, rows.count == 0 ? 0.0f : not_a_number());
+      continue;
+    }
+    for (int c = lane() * kVector<T>; c < a.d_emb; c += 32 * kVector<T>) {
+      *reinterpret_cast<uint4*>(y + c) = __ldg(reinterpret_cast<const uint4*>(rows.values + c));
+    }
+  }
+}
+
+// The copy chunks of the schedule, over all warps of the grid.
+template <typename T>
+__device__ inline void copy_chunks(const Attention& a, const Schedule& schedule) {
+  const Chunk* chunks =
+      schedule.chunks + schedule.header->dense_chunks + schedule.header->stream_chunks;
+  for (int i = blockIdx.x * kWarps + warp(); i < schedule.header->copy_chunks;
+       i += gridDim.x * kWarps) {
+    copy_chunk<T>(a, chunks[i]);
+  }
+}
+
+// --- queries
+// ---------------------------------------------------------------------------------------- Rows of
+// x (or dy) in the plan's order.
 template <typename T>
 struct QuerySource {
   const T* base;
-  int64_t stride;
+  int stride;
   const int32_t* permutation;  // at the first query
   int count;
 };
 
-// Queries of many tiles, staged by the whole block: a ring of column chunks in shared memory, filled
-// in the background. Every warp calls begin_step for the same columns, `passes` times from 0 to
-// width.
+// Queries of many tiles, staged by the whole block: a ring of column chunks in shared memory,
+// filled in the background. Every warp calls begin_step for the same columns, `passes` times from 0
+// to width.
 template <typename T, int Tiles>
 class StagedQueries {
  public:
@@ -89,7 +152,7 @@ class StagedQueries {
         chunks_((width + kColumns - 1) / kColumns),
         total_(passes * chunks_) {
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fill();
+    for (int i = 0; i < kStages - 1; ++i) fill(i);
   }
 
   __device__ void begin_step(int column) {
@@ -97,35 +160,34 @@ class StagedQueries {
     wait_copies<kStages - 2>();
     // The chunk is there for all; and all are done with the one before it, whose place is next.
     __syncthreads();
-    slot_ = used_++ % kStages;
-    fill();
+    fill(++index_ + kStages - 1);
   }
 
   __device__ uint4 load(int tile, int column) const {
     const int query = query_of_lane(tile, sizeof(T));
     const int bytes = (column % kColumns + kVector<T> * (lane() % 4)) * static_cast<int>(sizeof(T));
-    return *reinterpret_cast<const uint4*>(ring_ + slot_ * kStageBytes + query * kQueryBytes +
-                                           bytes);
+    return *reinterpret_cast<const uint4*>(ring_ + index_ % kStages * kStageBytes +
+                                           query * kQueryBytes + bytes);
   }
 
  private:
-  __device__ void fill() {
-    if (filled_ < total_) {
+  __device__ void fill(int index) {
+    if (index < total_) {
       constexpr int kVectors = kColumns / kVector<T>;
-      std::byte* stage = ring_ + filled_ % kStages * kStageBytes;
-      const int first = filled_ % chunks_ * kColumns;
+      std::byte* stage = ring_ + index % kStages * kStageBytes;
+      const int first = index % chunks_ * kColumns;
       for (int i = threadIdx.x; i < Tiles * kTileQueries * kVectors; i += kThreads) {
         const int query = i / kVectors, column = i % kVectors * kVector<T>;
         const bool valid = query < source_.count && first + column < width_;
         const T* from = source_.base;
         if (valid) {
-          from += __ldg(source_.permutation + query) * source_.stride + first + column;
+          from += static_cast<int64_t>(__ldg(source_.permutation + query)) * source_.stride +
+                  first + column;
         }
         copy_async(stage + query * kQueryBytes + column * sizeof(T), from, valid);
       }
     }
     commit_copies();  // an empty group too: wait_copies counts groups
-    ++filled_;
   }
 
   std::byte* ring_;
@@ -133,32 +195,37 @@ class StagedQueries {
   int width_;
   int chunks_;
   int total_;
-  int filled_ = 0;
-  int used_ = 0;
-  int slot_ = 0;
+  int index_ = -1;  // of the chunk in use
 };
 
-// --- scores -----------------------------------------------------------------------------------------
-// Floats from one query's scores to the next: room for max_rows, and for the column slices of few
-// rows; an odd multiple of 16, which keeps float4 reads of neighbouring queries in different banks.
+// --- scores
+// ----------------------------------------------------------------------------------------- Floats
+// from one query's scores to the next: room for max_rows, and for the column slices of few rows; an
+// odd multiple of 16, which keeps float4 reads of neighbouring queries in different banks.
 L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
   const int64_t rows = max_rows > 128 ? max_rows : 128;
   return static_cast<int>((rows + 31) / 32 * 32 + 16);
 }
 
+__device__ inline int padded_rows(int rows) {
+  return (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
+}
+
 // Where rows are too few to occupy the block's warps, the warps share out columns instead. A
 // function of the rows alone, so that it does not change a query's bits.
-__device__ inline int column_slices(int blocks) {
+__device__ inline int column_slices(int rows) {
+  const int blocks = padded_rows(rows) / kBlockRows;
   return blocks > 4 ? 1 : blocks > 2 ? 2 : blocks > 1 ? 4 : 8;
 }
 
-// scores[query * stride + slice * 16 * blocks + row] for rows [0, count), count >= 1, in blocks of
-// 16. Barriers are the caller's: before it (scores and ring are free) and after.
+// scores[query * stride + slice * padded_rows(count) + row] of rows [0, count), count >= 1, in
+// column_slices(count) slices. Barriers are the caller's: before it (scores and ring are free) and
+// after.
 template <typename T, int Tiles, bool Staged>
-__device__ inline void score_rows(const T* rows, int64_t row_stride, int count,
+__device__ inline void score_rows(const T* rows, int row_stride, int count,
                                   const QuerySource<T>& source, int width, float* scores,
                                   int stride, std::byte* ring) {
-  const int blocks = (count + kBlockRows - 1) / kBlockRows;
+  const int blocks = padded_rows(count) / kBlockRows;
   const auto run = [&]<int RowBlocks, int Depth>(auto& queries, int block, int slice, int slices) {
     const int steps = width / kColumnStep<T>;
     RowProducts<T, RowBlocks, Tiles, Depth> products;
@@ -173,20 +240,13 @@ __device__ inline void score_rows(const T* rows, int64_t row_stride, int count,
       }
     });
   };
-  if (blocks <= kWarps) {
-    const int slices = column_slices(blocks);
-    const int block = warp() / slices;
-    if (block < blocks) {
-      GatheredQueries<T, Tiles> queries(source.base, source.stride, source.permutation,
-                                        source.count);
-      run.template operator()<1, Tiles == 1 ? 4 : 1>(queries, block, warp() % slices, slices);
-    }
-  } else if constexpr (!Staged) {
+  if (!Staged || blocks <= kWarps) {
+    const int slices = column_slices(count);
     GatheredQueries<T, Tiles> queries(source.base, source.stride, source.permutation, source.count);
-    for (int block = 2 * warp(); block < blocks; block += 2 * kWarps) {
-      run.template operator()<2, 2>(queries, block, 0, 1);
+    for (int block = warp() / slices; block < blocks; block += kWarps / slices) {
+      run.template operator()<1, Tiles == 1 ? 2 : 1>(queries, block, warp() % slices, slices);
     }
-  } else {
+  } else if constexpr (Staged) {
     const auto staged = [&]<int RowBlocks>() {
       const int passes = (blocks + kWarps * RowBlocks - 1) / (kWarps * RowBlocks);
       StagedQueries<T, Tiles> queries(ring, source, width, passes);
@@ -226,12 +286,11 @@ __device__ inline float whole_score(const float* scores, int row, int slices, in
   return sum;
 }
 
-// One query's softmax by one warp: scores of `rows` rows, as score_rows leaves them, become
-// exp(scale * (score - max)), zeros follow to the next multiple of 16. Returns their sum; NaN
-// where a score is NaN or all are -infinity, as the definition has it.
-__device__ inline float exponentials(float* scores, int rows, float scale) {
-  const int padded = (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
-  const int slices = padded <= kWarps * kBlockRows ? column_slices(padded / kBlockRows) : 1;
+// One query's softmax by one warp: scores of `rows` rows in `slices` parts, as score_rows leaves
+// them, become exp(scale * (score - max)); zeros follow to the next multiple of 16. Returns their
+// sum; NaN where a score is NaN or all are -infinity, as the definition has it.
+__device__ inline float exponentials(float* scores, int rows, int slices, float scale) {
+  const int padded = padded_rows(rows);
   float largest = -INFINITY;
   for (int r = lane(); r < rows; r += 32) {
     const float score = scale * whole_score(scores, r, slices, padded);

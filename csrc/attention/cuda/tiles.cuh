@@ -28,7 +28,8 @@ inline constexpr int kTileColumns = 64;                   // columns of one Colu
 __device__ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 __device__ inline int warp() { return static_cast<int>(threadIdx.x / 32); }
 
-// --- 16 bytes of elements ---------------------------------------------------------------------------
+// --- 16 bytes of elements
+// ---------------------------------------------------------------------------
 template <typename T>
 __device__ inline void store_vector(T* target, const float (&v)[kVector<T>]) {
   uint4 packed;
@@ -41,29 +42,56 @@ __device__ inline void store_vector(T* target, const float (&v)[kVector<T>]) {
   *reinterpret_cast<uint4*>(target) = packed;
 }
 
+template <typename T>
+__device__ inline void add_vector(float (&sum)[kVector<T>], uint4 v) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      const float2 pair = unpack<T>(words[i]);
+      sum[2 * i] += pair.x, sum[2 * i + 1] += pair.y;
+    } else {
+      sum[i] += __uint_as_float(words[i]);
+    }
+  }
+}
+
+template <typename T>
+__device__ inline T element(float value) {
+  if constexpr (sizeof(T) == 2) {
+    return T{static_cast<uint16_t>(pack<T>(value, 0.0f))};
+  } else {
+    return value;
+  }
+}
+
 __device__ inline float4 as_floats(uint4 v) {
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
-// --- rows: where row r begins -----------------------------------------------------------------------
+// --- rows: where row r begins
+// -----------------------------------------------------------------------
 template <typename T>
 struct StridedRows {
   const T* base;
-  int64_t stride;  // elements
-  __device__ const T* operator()(int r) const { return base + r * stride; }
+  int stride;  // elements
+  __device__ const T* operator()(int r) const { return base + static_cast<int64_t>(r) * stride; }
 };
 
 // Rows in the plan's order: row r is that of sorted position first + r.
 template <typename T>
 struct GatheredRows {
   const T* base;
-  int64_t stride;
+  int stride;
   const int32_t* permutation;  // at `first`
-  __device__ const T* operator()(int r) const { return base + __ldg(permutation + r) * stride; }
+  __device__ const T* operator()(int r) const {
+    return base + static_cast<int64_t>(__ldg(permutation + r)) * stride;
+  }
 };
 
-// --- queries of RowProducts: 16 bytes of one query at a column --------------------------------------
-// Which queries a lane loads: of each tile its own one for the matrix units, all eight for FMA.
+// --- queries of RowProducts: 16 bytes of one query at a column
+// -------------------------------------- Which queries a lane loads: of each tile its own one for
+// the matrix units, all eight for FMA.
 template <typename T, int Tiles>
 inline constexpr int kQueriesPerLane = sizeof(T) == 2 ? Tiles : Tiles * kTileQueries;
 
@@ -76,12 +104,12 @@ template <typename T, int Tiles>
 struct GatheredQueries {
   const T* rows[kQueriesPerLane<T, Tiles>];
 
-  __device__ GatheredQueries(const T* base, int64_t stride, const int32_t* permutation, int count) {
+  __device__ GatheredQueries(const T* base, int stride, const int32_t* permutation, int count) {
 #pragma unroll
     for (int i = 0; i < kQueriesPerLane<T, Tiles>; ++i) {
       const int q = query_of_lane(i, sizeof(T));
-      rows[i] = q < count ? base + __ldg(permutation + q) * stride + kVector<T> * (lane() % 4)
-                          : nullptr;
+      rows[i] =
+          q < count ? base + __ldg(permutation + q) * stride + kVector<T> * (lane() % 4) : nullptr;
     }
   }
   __device__ void begin_step(int) {}
@@ -91,13 +119,14 @@ struct GatheredQueries {
   }
 };
 
-// --- row products -----------------------------------------------------------------------------------
-// Fragments of `Depth` steps are loaded while those before them are multiplied.
+// --- row products
+// ----------------------------------------------------------------------------------- Fragments of
+// `Depth` steps are loaded while those before them are multiplied.
 template <typename T, int RowBlocks, int Tiles, int Depth>
 struct RowProducts {
   static constexpr bool kMma = sizeof(T) == 2;
-  // kMma: accumulators as mma leaves them. Otherwise of two rows (g, g+8) and all eight queries, for
-  // this lane's columns alone, until finish().
+  // kMma: accumulators as mma leaves them. Otherwise of two rows (g, g+8) and all eight queries,
+  // for this lane's columns alone, until finish().
   float c[RowBlocks][Tiles][kMma ? 4 : 16];
   int tiles = Tiles;  // that have queries; the others stay zero
 
@@ -108,8 +137,7 @@ struct RowProducts {
   // Columns [begin, end) of rows 0 .. 16 * RowBlocks, of which `count` >= 1 exist; the others yield
   // what nobody reads. All warps of a block must call it alike where `queries` stages by block.
   template <typename Queries>
-  __device__ void run(const T* rows, int64_t stride, int count, Queries& queries, int begin,
-                      int end) {
+  __device__ void run(const T* rows, int stride, int count, Queries& queries, int begin, int end) {
     const T* base = rows + kVector<T> * (lane() % 4);
     int offsets[RowBlocks][2];  // of this lane's rows; they are within 2^31 elements of `rows`
 #pragma unroll
@@ -117,7 +145,7 @@ struct RowProducts {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = b * kBlockRows + h * 8 + lane() / 4;
-        offsets[b][h] = min(r, count - 1) * static_cast<int>(stride);
+        offsets[b][h] = min(r, count - 1) * stride;
         for (int n = 0; n < Tiles; ++n) {
           for (int i = 0; i < (kMma ? 2 : 8); ++i) c[b][n][(kMma ? 2 : 8) * h + i] = 0;
         }
@@ -220,8 +248,9 @@ struct RowProducts {
   }
 };
 
-// --- weights of ColumnSums ----------------------------------------------------------------------------
-// Four rows' weights of one query. [query][row] in shared memory, `stride` from query to query.
+// --- weights of ColumnSums
+// ---------------------------------------------------------------------------- Four rows' weights
+// of one query. [query][row] in shared memory, `stride` from query to query.
 struct SharedWeights {
   const float* base;
   int stride;
@@ -230,7 +259,8 @@ struct SharedWeights {
   }
 };
 
-// --- column sums ------------------------------------------------------------------------------------
+// --- column sums
+// ------------------------------------------------------------------------------------
 template <typename T, int Tiles, int Depth>
 struct ColumnSums {
   static constexpr bool kMma = sizeof(T) == 2;
@@ -287,7 +317,8 @@ struct ColumnSums {
       for (int d = 0; d < Depth; ++d) {
         const int r = row + d * kRowStep<T>;
         if (r < end) {
-          // A row past the end would only meet weights of zero; but zero times infinity is not zero.
+          // A row past the end would only meet weights of zero; but zero times infinity is not
+          // zero.
 #pragma unroll
           for (int j = 0; j < kRowsPerLane; ++j) {
             if (r + first_row_of_lane() + j >= end) current.rows[d][j] = {0, 0, 0, 0};

@@ -12,7 +12,8 @@
 
 namespace l3ext::cuda {
 
-// --- conversions: two 16-bit elements in one register, the first in the low half ------------------
+// --- conversions: two 16-bit elements in one register, the first in the low half
+// ------------------
 template <typename T>
 __device__ inline uint32_t pack(float first, float second);
 template <>
@@ -41,14 +42,20 @@ __device__ inline float2 unpack<Float16>(uint32_t pair) {
 __device__ inline uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ inline uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// --- memory ----------------------------------------------------------------------------------------
-// 16 bytes of a table row: read once by this block, so it shall not displace the queries in L1.
+// --- memory
+// ---------------------------------------------------------------------------------------- 16 bytes
+// of a table row: read once by this block, so it shall not displace the queries in L1.
 __device__ inline uint4 load_streaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+}
+
+// Asks for the 128-byte line of `address` in L2; no result, no wait.
+__device__ inline void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // 16 bytes from global to shared memory in the background; zeros where `valid` is false. Visible to
@@ -65,8 +72,9 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// --- matrix product --------------------------------------------------------------------------------
-// c[16 x 8] += a[16 x 16] b[16 x 8] by one warp. With lane = 4 g + t, a thread holds
+// --- matrix product
+// -------------------------------------------------------------------------------- c[16 x 8] +=
+// a[16 x 16] b[16 x 8] by one warp. With lane = 4 g + t, a thread holds
 //   a: (row g, k 2t, 2t+1), (row g+8, same), (row g, k 2t+8, 2t+9), (row g+8, same)
 //   b: (k 2t, 2t+1, column g), (k 2t+8, 2t+9, column g)
 //   c: (row g, column 2t), (row g, 2t+1), (row g+8, 2t), (row g+8, 2t+1)

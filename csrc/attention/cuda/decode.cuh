@@ -1,0 +1,152 @@
+// Decode: few tokens, so every chunk's rows and columns are shared over the whole device. One
+// cooperative launch: blocks score slices of rows, all wait, blocks sum tiles of columns. Within a
+// block the warps share the columns of a slice, then the rows of a tile, and add their parts in
+// order; both splits depend on the widths and rows alone, so that a token's bits do not depend on
+// the rest of the batch. Limited by latency up to some ten tokens (a launch, two dependent reads
+// and the barrier), by the bytes of rows beyond.
+#pragma once
+
+#include "attention/cuda/segments.cuh"
+
+namespace l3ext::cuda {
+
+struct DecodeArgs {
+  Attention attention;
+  float* scores;       // [num_tokens, score_stride(max_rows)], in sorted order
+  int slice_blocks;    // 1 or 2: blocks of 16 rows that one block scores at a time
+  int slices;          // per chunk
+  int tiles_per_unit;  // tiles of 64 columns that one block sums after one softmax
+};
+
+// Float parts of the warps, added up in the warps' order.
+inline constexpr int kDecodeParts = kWarps * kTileQueries * kTileColumns;
+
+template <typename T, int RowBlocks>
+__device__ inline void score_slice(const DecodeArgs& args, const Chunk& chunk,
+                                   const SegmentRows<T>& rows, int first, float* parts) {
+  const Attention& a = args.attention;
+  constexpr int kRows = RowBlocks * kBlockRows;
+  const int32_t* permutation = a.permutation + chunk.query_begin;
+  GatheredQueries<T, 1> queries(static_cast<const T*>(a.x), a.x_stride, permutation, chunk.queries);
+  const int steps = a.d_in / kColumnStep<T>;
+  RowProducts<T, RowBlocks, 1, RowBlocks == 1 ? 4 : 1> products;
+  products.run(rows.keys + static_cast<int64_t>(first) * a.table.key_stride, a.table.key_stride,
+               rows.count - first, queries, steps * warp() / kWarps * kColumnStep<T>,
+               steps * (warp() + 1) / kWarps * kColumnStep<T>);
+  products.finish([&](int row, int query, float value) {
+    parts[(warp() * kTileQueries + query) * kRows + row] = value;
+  });
+  __syncthreads();
+  const int stride = score_stride(a.table.max_rows);
+  for (int i = threadIdx.x; i < chunk.queries * kRows; i += kThreads) {
+    const int row = first + i % kRows;
+    if (row >= rows.count) continue;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) sum += parts[w * kTileQueries * kRows + i];
+    args.scores[static_cast<int64_t>(chunk.query_begin + i / kRows) * stride + row] = sum;
+  }
+  __syncthreads();  // parts are free again
+}
+
+// Columns [64 * tile, +64) of the chunk's outputs, from the exponentials in shared memory.
+template <typename T>
+__device__ inline void sum_tile(const Attention& a, const Chunk& chunk, const SegmentRows<T>& rows,
+                                int tile, const float* exponentials, const float* inverse,
+                                float* parts) {
+  const int stride = score_stride(a.table.max_rows);
+  const int share = padded_rows((rows.count + kWarps - 1) / kWarps);
+  ColumnSums<T, 1, 1> sums;
+  sums.clear();
+  sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, share * warp(),
+           min(share * (warp() + 1), rows.count), SharedWeights{exponentials, stride});
+  sums.finish([&](int q, int column, const float (&v)[kVector<T>]) {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      parts[(warp() * kTileQueries + q) * kTileColumns + column + i] = v[i];
+    }
+  });
+  __syncthreads();
+  constexpr int kVectors = kTileColumns / kVector<T>;
+  for (int i = threadIdx.x; i < chunk.queries * kVectors; i += kThreads) {
+    const int q = i / kVectors, column = i % kVectors * kVector<T>;
+    float v[kVector<T>] = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) {
+        v[j] += parts[(w * kTileQueries + q) * kTileColumns + column + j];
+      }
+    }
+#pragma unroll
+    for (float& x : v) x *= inverse[q];
+    store_vector<T>(row_of<T>(a.y, a.y_stride, __ldg(a.permutation + chunk.query_begin + q)) +
+                        tile * kTileColumns + column,
+                    v);
+  }
+  __syncthreads();  // parts are free again
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, false>)
+    decode_kernel(DecodeArgs args) {
+  const Attention& a = args.attention;
+  const Schedule schedule = carve_schedule(a.schedule, a.num_tokens);
+  const int chunks = schedule.header->stream_chunks;
+  const int stride = score_stride(a.table.max_rows);
+  auto* parts = reinterpret_cast<float*>(dynamic_shared());
+  float* inverse = parts + kDecodeParts;
+  float* weights = inverse + kTileQueries;  // [8, stride]
+
+  copy_chunks<T>(a, schedule);
+  for (int unit = blockIdx.x; unit < chunks * args.slices; unit += gridDim.x) {
+    const Chunk chunk = schedule.chunks[unit / args.slices];
+    const auto rows = rows_of<T>(a.table, chunk.segment);
+    const int first = unit % args.slices * args.slice_blocks * kBlockRows;
+    if (rows.count <= first) continue;
+    if (args.slice_blocks == 1) {
+      score_slice<T, 1>(args, chunk, rows, first, parts);
+    } else {
+      score_slice<T, 2>(args, chunk, rows, first, parts);
+    }
+  }
+
+  const int tiles = a.d_emb / kTileColumns;
+  const int tile_groups = (tiles + args.tiles_per_unit - 1) / args.tiles_per_unit;
+  const int units = chunks * tile_groups;
+  if (static_cast<int>(blockIdx.x) < units) {  // the first values travel while the barrier waits
+    const auto rows = rows_of<T>(a.table, schedule.chunks[blockIdx.x / tile_groups].segment);
+    const int column = blockIdx.x % tile_groups * args.tiles_per_unit * kTileColumns;
+    for (int r = threadIdx.x; r < rows.count; r += kThreads) {
+      prefetch_l2(rows.values + static_cast<int64_t>(r) * a.table.value_stride + column);
+    }
+  }
+  grid_barrier();
+
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const Chunk chunk = schedule.chunks[unit / tile_groups];
+    const auto rows = rows_of<T>(a.table, chunk.segment);
+    if (rows.count <= 0) {
+      if (unit % tile_groups == 0) {
+        fill_outputs<T>(a, chunk, rows.count == 0 ? 0.0f : not_a_number());
+      }
+      continue;
+    }
+    for (int q = warp(); q < kTileQueries; q += kWarps) {
+      const float* scores = args.scores + static_cast<int64_t>(chunk.query_begin + q) * stride;
+      for (int r = lane(); r < rows.count; r += 32) {
+        weights[q * stride + r] = q < chunk.queries ? scores[r] : 0.0f;
+      }
+      __syncwarp();
+      const float sum = exponentials(weights + q * stride, rows.count, 1, a.scale);
+      if (lane() == 0) inverse[q] = 1.0f / sum;
+    }
+    __syncthreads();
+    const int first = unit % tile_groups * args.tiles_per_unit;
+    for (int tile = first; tile < min(first + args.tiles_per_unit, tiles); ++tile) {
+      sum_tile<T>(a, chunk, rows, tile, weights, inverse, parts);
+    }
+  }
+}
+
+}  // namespace l3ext::cuda
