@@ -52,7 +52,9 @@ struct Product {
   uint32_t a[4], b[2];
 
   static void combine(void* const* operands, uint32_t) {
-    float a[16][16], b[16][8];
+    using Columns = float __attribute__((vector_size(32)));
+    float a[16][16];
+    Columns b[16];
     for (int lane = 0; lane < 32; ++lane) {
       const auto& part = *static_cast<const Product*>(operands[lane]);
       const int g = lane / 4, k = lane % 4 * 2;
@@ -66,11 +68,9 @@ struct Product {
         }
       }
     }
-    float sums[16][8] = {};
+    Columns sums[16] = {};
     for (int row = 0; row < 16; ++row) {
-      for (int k = 0; k < 16; ++k) {
-        for (int column = 0; column < 8; ++column) sums[row][column] += a[row][k] * b[k][column];
-      }
+      for (int k = 0; k < 16; ++k) sums[row] += a[row][k] * b[k];
     }
     for (int lane = 0; lane < 32; ++lane) {
       float* c = static_cast<const Product*>(operands[lane])->c;
