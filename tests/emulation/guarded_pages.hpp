@@ -1,6 +1,7 @@
 // Memory with a page before and a page behind it that fault.
 #pragma once
 
+#include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 
 #include <cstddef>
@@ -19,7 +20,11 @@ class GuardedPages {
       throw std::bad_alloc();
     }
   }
-  ~GuardedPages() { munmap(begin_ - kPage, bytes_ + 2 * kPage); }
+  ~GuardedPages() {
+    // A stack left half way: AddressSanitizer keeps its marks, even for what is mapped here next.
+    ASAN_UNPOISON_MEMORY_REGION(begin_, bytes_);
+    munmap(begin_ - kPage, bytes_ + 2 * kPage);
+  }
   GuardedPages(const GuardedPages&) = delete;
   GuardedPages& operator=(const GuardedPages&) = delete;
 
