@@ -1,4 +1,7 @@
 // The emulation finds what it is there to find, and computes what a device does.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -298,6 +301,47 @@ void loads_are_aligned() {
                   "aligned to 16"));
 }
 
+struct FaultArgs {
+  const int* in;
+  int* out;
+  int depth;
+};
+[[gnu::noinline]] int fill_stack(int depth) {
+  volatile int here[256] = {depth};
+  return depth == 0 ? 0 : fill_stack(depth - 1) + here[0];
+}
+__global__ void fault(FaultArgs args) {
+  if (threadIdx.x == 5) *args.out = args.depth == 0 ? *args.in : fill_stack(args.depth);
+}
+
+// What a process that runs the kernel says before it dies.
+std::string last_words(const FaultArgs& args) {
+  int ends[2];
+  if (pipe(ends) != 0) return "no pipe";
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(ends[1], STDERR_FILENO);
+    run(fault, 1, 32, 0, args);
+    _exit(0);
+  }
+  close(ends[1]);
+  std::string words;
+  char part[256];
+  for (ssize_t n = 0; (n = read(ends[0], part, sizeof part)) > 0;) words.append(part, n);
+  close(ends[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status == 0 ? "lives" : words;
+}
+
+void a_fault_says_which_thread() {
+  DeviceBuffer<int> in(4), out(1);
+  EXPECT(last_words({in.data(), out.data(), 0}) == "lives");
+  EXPECT(contains(last_words({in.data() + 4, out.data(), 0}),
+                  "block 0, thread 5: access outside of any buffer"));
+  EXPECT(contains(last_words({in.data(), out.data(), 1000}), "thread 5: stack overflow"));
+}
+
 void a_buffer_sees_writes_beside_it() {
   DeviceBuffer<char> buffer(13);
   EXPECT(buffer.nothing_written_outside());
@@ -393,6 +437,7 @@ int main() {
   RUN(shared_memory_starts_as_nan_and_has_an_end);
   RUN(a_launch_that_a_device_refuses_is_refused);
   RUN(loads_are_aligned);
+  RUN(a_fault_says_which_thread);
   RUN(a_buffer_sees_writes_beside_it);
   RUN(conversions_round_to_the_nearest_even);
   RUN(matrix_products_match);
