@@ -1,39 +1,23 @@
-// The emulation finds what it is there to find, and computes what a device does.
+// The emulation of blocks, barriers, warps and memory finds what it is there to find.
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "core/cuda/device.cuh"
-#include "core/cuda/primitives.cuh"
 #include "device_buffer.hpp"
+#include "run_kernel.hpp"
 
-using l3ext::BFloat16;
 using l3ext::Error;
-using l3ext::Float16;
 using namespace l3ext::cuda;
 
 namespace {
 
-template <typename Args>
-void run(void (*kernel)(Args), int blocks, int threads, int64_t shared_bytes, const Args& args,
-         bool cooperative = false) {
-  resident_blocks(kernel, threads, shared_bytes);
-  launch(kernel, blocks, threads, shared_bytes, nullptr, args, cooperative);
-}
-
-bool contains(const std::string& text, const char* part) {
-  return text.find(part) != std::string::npos;
-}
-
-// --- blocks and barriers
-// ---------------------------------------------------------------------------
+// --- blocks and barriers -------------------------------------------------------------------------
 struct RotateArgs {
   const int* in;
   int* out;
@@ -52,7 +36,8 @@ bool rotates(bool barrier, int threads, uint64_t seed) {
   DeviceBuffer<int> in(kBlocks * threads), out(kBlocks * threads);
   for (int i = 0; i < in.size(); ++i) in[i] = i;
   emulation().seed = seed;
-  run(rotate, kBlocks, threads, threads * int64_t{4}, RotateArgs{in.data(), out.data(), barrier});
+  run_kernel(rotate, kBlocks, threads, threads * int64_t{4},
+             RotateArgs{in.data(), out.data(), barrier});
   bool right = true;
   for (int i = 0; i < out.size(); ++i) {
     right = right && out[i] == i / threads * threads + (i + 1) % threads;
@@ -87,14 +72,14 @@ void a_grid_barrier_waits_for_every_block() {
   for (uint64_t seed = 0; seed < 5; ++seed) {
     emulation().seed = seed;
     DeviceBuffer<int> flags(6), sums(6);
-    run(sum_of_all_blocks, 6, 64, 0, GridArgs{flags.data(), sums.data(), true}, true);
+    run_kernel(sum_of_all_blocks, 6, 64, 0, GridArgs{flags.data(), sums.data(), true}, true);
     for (int i = 0; i < 6; ++i) EXPECT(sums[i] == 21);
   }
   DeviceBuffer<int> flags(6), sums(6);
-  run(sum_of_all_blocks, 6, 64, 0, GridArgs{flags.data(), sums.data(), false}, true);
+  run_kernel(sum_of_all_blocks, 6, 64, 0, GridArgs{flags.data(), sums.data(), false}, true);
   EXPECT(sums.values() != std::vector<int>(6, 21));
   const std::string plain = EXPECT_THROWS(
-      Error, run(sum_of_all_blocks, 6, 64, 0, GridArgs{flags.data(), sums.data(), true}));
+      Error, run_kernel(sum_of_all_blocks, 6, 64, 0, GridArgs{flags.data(), sums.data(), true}));
   EXPECT(contains(plain, "cooperative"));
 }
 
@@ -118,14 +103,13 @@ __global__ void take_items(TakeArgs args) {
 void persistent_blocks_share_a_queue() {
   DeviceBuffer<int> next(1), taken(100);
   next[0] = 0;
-  run(take_items, 3, 64, 16, TakeArgs{next.data(), taken.data(), 100});
+  run_kernel(take_items, 3, 64, 16, TakeArgs{next.data(), taken.data(), 100});
   std::vector<int> of_block(3);
   for (const int block : taken.values()) ++of_block[block];
   for (const int count : of_block) EXPECT(count > 0);
 }
 
-// --- warps
-// -----------------------------------------------------------------------------------------
+// --- warps ---------------------------------------------------------------------------------------
 struct ShuffleArgs {
   int* out;  // [lanes, 7]
 };
@@ -146,7 +130,7 @@ __global__ void shuffles(ShuffleArgs args) {
 
 void lanes_exchange_registers() {
   DeviceBuffer<int> out(32 * 7);
-  run(shuffles, 1, 32, 0, ShuffleArgs{out.data()});
+  run_kernel(shuffles, 1, 32, 0, ShuffleArgs{out.data()});
   for (int lane = 0; lane < 32; ++lane) {
     const int* got = out.data() + lane * 7;
     EXPECT(got[0] == 5);
@@ -174,7 +158,7 @@ __global__ void diverge(DivergeArgs args) {
 
 void divergence_is_reported() {
   const auto message = [](int kind) {
-    return EXPECT_THROWS(Error, run(diverge, 2, 64, 0, DivergeArgs{kind}));
+    return EXPECT_THROWS(Error, run_kernel(diverge, 2, 64, 0, DivergeArgs{kind}));
   };
   const std::string exited = message(0);
   EXPECT(contains(exited, "DivergeArgs") && contains(exited, "deadlock"));
@@ -202,55 +186,14 @@ __global__ void pass_in_warp(MessageArgs args) {
 void a_missing_syncwarp_shows() {
   DeviceBuffer<int> out(32);
   for (const bool sync : {true, false}) {
-    run(pass_in_warp, 1, 32, 128, MessageArgs{out.data(), sync});
+    run_kernel(pass_in_warp, 1, 32, 128, MessageArgs{out.data(), sync});
     bool right = true;
     for (int i = 0; i < 32; ++i) right = right && out[i] == 31 - i;
     EXPECT(right == sync);
   }
 }
 
-// --- memory
-// ----------------------------------------------------------------------------------------
-struct CopyArgs {
-  const float* in;
-  float* out;  // [3, 4]
-  bool wait;
-  int64_t misaligned;
-};
-__global__ void copies(CopyArgs args) {
-  std::byte* shared = dynamic_shared();
-  auto* values = reinterpret_cast<float*>(shared);
-  for (int i = 0; i < 12; ++i) values[i] = 1;
-  copy_async(shared, args.in, true);
-  commit_copies();
-  copy_async(shared + 16 + args.misaligned, args.in + 4, true);
-  copy_async(shared + 32, nullptr, false);
-  commit_copies();
-  if (args.wait) {
-    wait_copies<1>();
-    for (int i = 0; i < 4; ++i) args.out[i] = values[i];
-    const bool early = values[4] == values[4];
-    wait_copies<0>();
-    for (int i = 4; i < 12; ++i) args.out[i] = early ? -1 : values[i];
-  } else {
-    for (int i = 0; i < 12; ++i) args.out[i] = values[i];
-  }
-}
-
-void copies_arrive_when_waited_for() {
-  DeviceBuffer<float> in({1, 2, 3, 4, 5, 6, 7, 8}), out(12);
-  run(copies, 1, 1, 48, CopyArgs{in.data(), out.data(), true, 0});
-  EXPECT(out.values() == (std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0}));
-  run(copies, 1, 1, 48, CopyArgs{in.data(), out.data(), false, 0});
-  for (int i = 0; i < 12; ++i) EXPECT(std::isnan(out[i]));
-  EXPECT(contains(
-      EXPECT_THROWS(Error, run(copies, 1, 1, 64, CopyArgs{in.data(), out.data(), true, 4})),
-      "aligned to 16"));
-  EXPECT(contains(
-      EXPECT_THROWS(Error, run(copies, 1, 1, 47, CopyArgs{in.data(), out.data(), true, 0})),
-      "47 bytes of shared memory"));
-}
-
+// --- memory --------------------------------------------------------------------------------------
 struct SharedArgs {
   int64_t write_at;
   float* out;
@@ -262,12 +205,13 @@ __global__ void touch_shared(SharedArgs args) {
 
 void shared_memory_starts_as_nan_and_has_an_end() {
   DeviceBuffer<float> out(1);
-  run(touch_shared, 1, 1, 100, SharedArgs{99, out.data()});
+  run_kernel(touch_shared, 1, 1, 100, SharedArgs{99, out.data()});
   EXPECT(std::isnan(out[0]));
-  run(touch_shared, 1, 1, 100, SharedArgs{-1, out.data()});
+  run_kernel(touch_shared, 1, 1, 100, SharedArgs{-1, out.data()});
   EXPECT(std::isnan(out[0]));
-  EXPECT(contains(EXPECT_THROWS(Error, run(touch_shared, 1, 1, 100, SharedArgs{100, out.data()})),
-                  "behind its shared memory of 100 bytes"));
+  EXPECT(contains(
+      EXPECT_THROWS(Error, run_kernel(touch_shared, 1, 1, 100, SharedArgs{100, out.data()})),
+      "behind its shared memory of 100 bytes"));
 }
 
 void a_launch_that_a_device_refuses_is_refused() {
@@ -283,22 +227,6 @@ void a_launch_that_a_device_refuses_is_refused() {
   resident_blocks(touch_shared, 64, 50'000);
   EXPECT(contains(EXPECT_THROWS(Error, launch(touch_shared, 1, 64, 60'000, nullptr, args)),
                   "resident_blocks() called before"));
-}
-
-struct LoadArgs {
-  const std::byte* address;
-  uint4* out;
-};
-__global__ void load(LoadArgs args) { *args.out = load_streaming(args.address); }
-
-void loads_are_aligned() {
-  DeviceBuffer<unsigned> in({1, 2, 3, 4});
-  DeviceBuffer<uint4> out(1);
-  const auto* address = reinterpret_cast<const std::byte*>(in.data());
-  run(load, 1, 1, 0, LoadArgs{address, out.data()});
-  EXPECT(out[0].x == 1 && out[0].w == 4);
-  EXPECT(contains(EXPECT_THROWS(Error, run(load, 1, 1, 0, LoadArgs{address + 8, out.data()})),
-                  "aligned to 16"));
 }
 
 struct FaultArgs {
@@ -321,7 +249,7 @@ std::string last_words(const FaultArgs& args) {
   const pid_t child = fork();
   if (child == 0) {
     dup2(ends[1], STDERR_FILENO);
-    run(fault, 1, 32, 0, args);
+    run_kernel(fault, 1, 32, 0, args);
     _exit(0);
   }
   close(ends[1]);
@@ -353,76 +281,6 @@ void a_buffer_sees_writes_beside_it() {
   }
 }
 
-// --- conversions and products
-// ----------------------------------------------------------------------
-void conversions_round_to_the_nearest_even() {
-  const float infinity = std::numeric_limits<float>::infinity();
-  EXPECT(pack<BFloat16>(1.0f, -2.0f) == 0xc0003f80u);
-  EXPECT(pack<BFloat16>(0x1.01p0f, 0x1.03p0f) == 0x3f823f80u);  // ties
-  EXPECT(pack<BFloat16>(infinity, 3.4e38f) == 0x7f807f80u);
-  EXPECT(pack<BFloat16>(std::nanf(""), -infinity) == 0xff807fffu);
-  EXPECT(pack<BFloat16>(1e-40f, -0.0f) == 0x80000001u);
-  EXPECT(pack<Float16>(1.0f, -2.0f) == 0xc0003c00u);
-  EXPECT(pack<Float16>(2049.0f, 2051.0f) == 0x68026800u);  // ties
-  EXPECT(pack<Float16>(65519.0f, 65520.0f) == 0x7c007bffu);
-  EXPECT(pack<Float16>(std::nanf(""), -infinity) == 0xfc007fffu);
-  EXPECT(pack<Float16>(0x1p-24f, 0x1p-25f) == 0x00000001u);
-  EXPECT(pack<Float16>(0x1.8p-24f, 0x1.ffcp-15f) == 0x04000002u);
-  // Every value comes back, and halfway between neighbours goes to the even one.
-  for (uint32_t bits = 0; bits < 0x7c00; ++bits) {
-    const float value = unpack<Float16>(bits).x, next = unpack<Float16>(bits + 1).x;
-    EXPECT(pack<Float16>(value, -value) == (bits | (bits | 0x8000) << 16));
-    if (bits + 1 == 0x7c00) break;
-    EXPECT(pack<Float16>((value + next) / 2, 0) == bits + bits % 2);
-  }
-  EXPECT(unpack<Float16>(0x7c00fc00u).x == -infinity && unpack<Float16>(0x7c00fc00u).y == infinity);
-  EXPECT(std::isnan(unpack<Float16>(0x7c01u).x));
-  EXPECT(unpack<BFloat16>(0x3f80c000u).x == -2.0f && unpack<BFloat16>(0x3f80c000u).y == 1.0f);
-  EXPECT(low_halves(0x11112222u, 0x33334444u) == 0x44442222u);
-  EXPECT(high_halves(0x11112222u, 0x33334444u) == 0x33331111u);
-}
-
-template <typename T>
-struct ProductArgs {
-  const float* a;  // [16, 16]
-  const float* b;  // [16, 8]
-  float* c;        // [16, 8]
-};
-template <typename T>
-__global__ void product(ProductArgs<T> args) {
-  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
-  const auto a = [&](int row, int k) {
-    return pack<T>(args.a[row * 16 + k], args.a[row * 16 + k + 1]);
-  };
-  const auto b = [&](int k) { return pack<T>(args.b[k * 8 + g], args.b[(k + 1) * 8 + g]); };
-  float c[4] = {1, 1, 1, 1};
-  mma<T>(c, a(g, 2 * t), a(g + 8, 2 * t), a(g, 2 * t + 8), a(g + 8, 2 * t + 8), b(2 * t),
-         b(2 * t + 8));
-  for (int i = 0; i < 4; ++i) args.c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = c[i];
-}
-
-template <typename T>
-void product_matches() {
-  std::mt19937 random(1);
-  DeviceBuffer<float> a(256), b(128), c(128);
-  // Small integers are exact in every type.
-  for (int i = 0; i < 256; ++i) a[i] = static_cast<float>(random() % 31) - 15;
-  for (int i = 0; i < 128; ++i) b[i] = static_cast<float>(random() % 31) - 15;
-  run(product<T>, 1, 32, 0, ProductArgs<T>{a.data(), b.data(), c.data()});
-  for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 8; ++column) {
-      float expected = 1;
-      for (int k = 0; k < 16; ++k) expected += a[row * 16 + k] * b[k * 8 + column];
-      EXPECT(c[row * 8 + column] == expected);
-    }
-  }
-}
-
-void matrix_products_match() {
-  product_matches<BFloat16>();
-  product_matches<Float16>();
-}
-
 }  // namespace
 
 int main() {
@@ -433,13 +291,9 @@ int main() {
   RUN(lanes_exchange_registers);
   RUN(divergence_is_reported);
   RUN(a_missing_syncwarp_shows);
-  RUN(copies_arrive_when_waited_for);
   RUN(shared_memory_starts_as_nan_and_has_an_end);
   RUN(a_launch_that_a_device_refuses_is_refused);
-  RUN(loads_are_aligned);
   RUN(a_fault_says_which_thread);
   RUN(a_buffer_sees_writes_beside_it);
-  RUN(conversions_round_to_the_nearest_even);
-  RUN(matrix_products_match);
   return check::failures == 0 ? 0 : 1;
 }

@@ -30,8 +30,7 @@ constexpr int64_t kPlainSharedBytes = 48 * 1024;  // more needs a function attri
 
 using emulated::GuardedPages;
 
-// --- fibers
-// ----------------------------------------------------------------------------------------
+// --- fibers --------------------------------------------------------------------------------------
 struct Copy {
   std::byte* shared;
   const void* global;
@@ -207,8 +206,7 @@ void prepare(Fiber& fiber, int stagger) {
   fiber.started = false;
 }
 
-// --- blocks
-// ----------------------------------------------------------------------------------------
+// --- blocks --------------------------------------------------------------------------------------
 void start_block(Block& block, unsigned index) {
   const emulated::LaunchShape& shape = machine.shape;
   block.index = index;
@@ -294,8 +292,7 @@ void run_queue(std::vector<unsigned>& blocks_to_come) {
   }
 }
 
-// --- faults
-// ----------------------------------------------------------------------------------------
+// --- faults --------------------------------------------------------------------------------------
 struct sigaction previous_action;
 
 void explain_fault(int signal, siginfo_t* info, void*) {

@@ -123,8 +123,7 @@ void launch(void (*kernel)(Args), int blocks, int threads, int64_t shared_bytes,
 
 }  // namespace l3ext::cuda
 
-// --- what CUDA has in the global namespace
-// ---------------------------------------------------------
+// --- what CUDA has in the global namespace -------------------------------------------------------
 struct EmulatedIndex {
   unsigned x;
 };
