@@ -27,8 +27,8 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 help:
 	@echo "make develop          set up .venv with this package, editable, and all it needs"
 	@echo "make demo             the whole main job on real text: make demo TEXT=file for your own"
-	@echo "make test             C++ and Python tests; compiles the kernels where nvcc is"
-	@echo "make cuda-all         compile the kernels for every architecture (needs nvcc, no GPU)"
+	@echo "make test             C++ and Python tests; compiles and checks the kernels where nvcc is"
+	@echo "make cuda-all         compile the kernels for every architecture, check them (needs nvcc, no GPU)"
 	@echo "make lint             formatting, linters and type checks"
 	@echo "make sanitize         C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sanitize-thread  the prefetch runtime's C++ tests under ThreadSanitizer"
@@ -57,13 +57,30 @@ define configure
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
 endef
 
+# What reads machine code: of the CUDA toolkit, else two small wheels.
+$(VENV)/.cuda-tools: $(VENV)/.torch
+	command -v cuobjdump nvdisasm || \
+	  $(BIN)/pip install -q "nvidia-cuda-cuobjdump==13.*" "nvidia-cuda-nvdisasm==13.*"
+	@touch $@
+
+# $(1): build folder
+define check_sass
+	@if $(MAKE) -s $(VENV)/.cuda-tools; then $(BIN)/python scripts/check_sass.py $(1)/libl3ext.a; \
+	else echo "no cuobjdump and nvdisasm to be had: the machine code was not checked"; fi
+endef
+
 test-cpp: $(VENV)/.cmake
 	$(call configure,build/cpp,-DL3EXT_TESTS=ON -DL3EXT_BENCHMARKS=$(BENCHMARKS))
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
-	@$(if $(NVCC),:,echo "no nvcc here: the kernels were not compiled")
+ifeq ($(NVCC),)
+	@echo "no nvcc here: the kernels were not compiled"
+else ifneq ($(CUDA),OFF)
+	$(call check_sass,build/cpp)
+endif
 
 cuda-all: $(VENV)/.cmake
 	$(call configure,build/cuda-all,-DL3EXT_CUDA=ON)
+	$(call check_sass,build/cuda-all)
 
 test-python: $(VENV)/.develop
 	$(BIN)/python -m pytest
