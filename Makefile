@@ -6,22 +6,29 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-# The CUDA parts are compiled where a GPU is, or where CUDA=ON asks for them.
-CUDA ?= $(if $(wildcard /dev/nvidia0),AUTO,OFF)
+GPU := $(wildcard /dev/nvidia0)
+# AUTO: the C++ tests compile the kernels where nvcc is, and without a GPU that is all that can be
+# done with them: the package has them where a GPU is, or where CUDA=ON asks for them.
+CUDA ?= AUTO
+PACKAGE_CUDA := $(if $(GPU)$(filter-out AUTO,$(CUDA)),$(CUDA),OFF)
+# For this machine's GPU, else for one that stands for all: `make cuda-all` compiles every one.
+test-cpp bench develop $(VENV)/.develop: export CUDAARCHS ?= $(if $(GPU),native,90a-real)
+NVCC := $(shell command -v "$${CUDACXX:-nvcc}")
 BENCHMARKS := $(if $(wildcard /usr/include/benchmark/benchmark.h /usr/local/include/benchmark/benchmark.h),ON,OFF)
 JOBS ?= $(shell nproc)
 NATIVE := CMakeLists.txt pyproject.toml setup.py $(shell find csrc cmake -type f)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export SKBUILD_CMAKE_DEFINE := L3EXT_CUDA=$(CUDA)
+export SKBUILD_CMAKE_DEFINE := L3EXT_CUDA=$(PACKAGE_CUDA)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help develop test test-cpp test-python demo lint sanitize sanitize-thread bench clean
+.PHONY: help develop test test-cpp test-python cuda-all demo lint sanitize sanitize-thread bench clean
 
 help:
 	@echo "make develop          set up .venv with this package, editable, and all it needs"
 	@echo "make demo             the whole main job on real text: make demo TEXT=file for your own"
-	@echo "make test             C++ and Python tests"
+	@echo "make test             C++ and Python tests; compiles and checks the kernels where nvcc is"
+	@echo "make cuda-all         compile the kernels for every architecture, check them (needs nvcc, no GPU)"
 	@echo "make lint             formatting, linters and type checks"
 	@echo "make sanitize         C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sanitize-thread  the prefetch runtime's C++ tests under ThreadSanitizer"
@@ -50,9 +57,30 @@ define configure
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
 endef
 
+# What reads machine code: of the CUDA toolkit, else two small wheels.
+$(VENV)/.cuda-tools: $(VENV)/.torch
+	command -v cuobjdump nvdisasm || \
+	  $(BIN)/pip install -q "nvidia-cuda-cuobjdump==13.*" "nvidia-cuda-nvdisasm==13.*"
+	@touch $@
+
+# $(1): build folder
+define check_sass
+	@if $(MAKE) -s $(VENV)/.cuda-tools; then $(BIN)/python scripts/check_sass.py $(1)/libl3ext.a; \
+	else echo "no cuobjdump and nvdisasm to be had: the machine code was not checked"; fi
+endef
+
 test-cpp: $(VENV)/.cmake
 	$(call configure,build/cpp,-DL3EXT_TESTS=ON -DL3EXT_BENCHMARKS=$(BENCHMARKS))
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+ifeq ($(NVCC),)
+	@echo "no nvcc here: the kernels were not compiled"
+else ifneq ($(CUDA),OFF)
+	$(call check_sass,build/cpp)
+endif
+
+cuda-all: $(VENV)/.cmake
+	$(call configure,build/cuda-all,-DL3EXT_CUDA=ON)
+	$(call check_sass,build/cuda-all)
 
 test-python: $(VENV)/.develop
 	$(BIN)/python -m pytest
@@ -73,13 +101,13 @@ lint: $(VENV)/.lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
 sanitize: $(VENV)/.cmake
-	$(call configure,build/sanitize,-DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	$(call configure,build/sanitize,-DL3EXT_CUDA=OFF -DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address$(comma)undefined -fno-sanitize-recover=all")
 	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 # OpenMP's barriers are invisible to ThreadSanitizer: the attention tests are left out.
 sanitize-thread: $(VENV)/.cmake
-	$(call configure,build/sanitize-thread,-DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	$(call configure,build/sanitize-thread,-DL3EXT_CUDA=OFF -DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=thread")
 	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure -R "runtime|lzw"
 

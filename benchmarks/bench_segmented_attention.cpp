@@ -14,7 +14,7 @@
 #include <thread>
 #include <vector>
 
-#include "attention/plan.hpp"
+#include "attention/plan_buffers.hpp"
 #include "attention/segmented_attention.hpp"
 
 namespace {
@@ -22,33 +22,9 @@ namespace {
 constexpr int64_t kVocab = 16384, kMaxRows = 512, kDIn = 1024, kDEmb = 512, kWidth = kDIn + kDEmb;
 constexpr int64_t kSteps = 4;
 
-struct Plan {
-  std::vector<int64_t> ids, rows;
-  std::vector<int32_t> permutation, tokens, queries;
-  int32_t num_segments = 0;
-  int64_t table_rows = 0;
-
-  void make(const std::vector<int64_t>& offsets) {
-    const auto n = static_cast<int64_t>(ids.size());
-    permutation.resize(n), tokens.resize(n), queries.resize(n + 1), rows.resize(2 * n);
-    l3ext::PlanParams params;
-    params.token_ids = ids.data();
-    params.num_tokens = n;
-    params.offsets = offsets.data();
-    params.vocab_size = kVocab;
-    params.check_offsets = false;
-    params.permutation = permutation.data();
-    params.segment_tokens = tokens.data();
-    params.segment_queries = queries.data();
-    params.segment_rows = rows.data();
-    params.num_segments = &num_segments;
-    params.table_rows = &table_rows;
-    l3ext::plan(params);
-  }
-  l3ext::PlanView view() const {
-    return {permutation.data(), queries.data(), rows.data(), static_cast<int64_t>(ids.size()),
-            num_segments};
-  }
+struct Step {
+  std::vector<int64_t> ids;
+  l3ext::PlanBuffers plan;
 };
 
 // The table of every benchmark, zeros and ones by row: the arithmetic does not depend on values.
@@ -69,16 +45,16 @@ struct World {
     std::mt19937 random(1);
     for (int64_t i = 0; i < elements; ++i) table[i] = static_cast<float>(random() % 64) / 1024;
   }
-  std::vector<Plan> steps(int64_t n) const {
+  std::vector<Step> steps(int64_t n) const {
     std::mt19937_64 random(2);
     std::uniform_real_distribution<double> uniform(0, cumulative.back());
-    std::vector<Plan> steps(kSteps);
-    for (Plan& step : steps) {
+    std::vector<Step> steps(kSteps);
+    for (Step& step : steps) {
       for (int64_t i = 0; i < n; ++i) {
         const auto it = std::lower_bound(cumulative.begin(), cumulative.end(), uniform(random));
         step.ids.push_back(it - cumulative.begin());
       }
-      step.make(offsets);
+      step.plan.make(step.ids, offsets, false);
     }
     return steps;
   }
@@ -93,24 +69,24 @@ int threads() { return static_cast<int>(std::max(1u, std::thread::hardware_concu
 void BM_Forward(benchmark::State& state) {
   const World& world = World::get();
   const int64_t n = state.range(0);
-  const std::vector<Plan> steps = world.steps(n);
+  const std::vector<Step> steps = world.steps(n);
   std::vector<float> x(n * kDIn, 0.5f), y(n * kDEmb);
   int64_t i = 0, bytes = 0;
   for (auto _ : state) {
-    const Plan& step = steps[i++ % kSteps];
+    const Step& step = steps[i++ % kSteps];
     l3ext::SegmentedAttentionParams params;
     params.x = {x.data(), kDIn};
     params.keys = {world.table.get(), kWidth};
     params.values = {world.table.get() + kDIn, kWidth};
     params.y = {y.data(), kDEmb};
-    params.plan = step.view();
-    params.table_rows = step.table_rows;
+    params.plan = step.plan.view();
+    params.table_rows = step.plan.table_rows;
     params.d_in = kDIn;
     params.d_emb = kDEmb;
     params.num_threads = threads();
     l3ext::segmented_attention(params);
-    for (int64_t s = 0; s < step.num_segments; ++s) {
-      bytes += (step.rows[2 * s + 1] - step.rows[2 * s]) * kWidth * 4;
+    for (int64_t s = 0; s < step.plan.num_segments; ++s) {
+      bytes += (step.plan.segment_rows[2 * s + 1] - step.plan.segment_rows[2 * s]) * kWidth * 4;
     }
     bytes += n * kWidth * 4;
   }
@@ -128,9 +104,12 @@ BENCHMARK(BM_Forward)
 
 void BM_Plan(benchmark::State& state) {
   const World& world = World::get();
-  std::vector<Plan> steps = world.steps(state.range(0));
+  std::vector<Step> steps = world.steps(state.range(0));
   int64_t i = 0;
-  for (auto _ : state) steps[i++ % kSteps].make(world.offsets);
+  for (auto _ : state) {
+    Step& step = steps[i++ % kSteps];
+    step.plan.make(step.ids, world.offsets, false);
+  }
   state.SetItemsProcessed(state.iterations() * state.range(0));
 }
 BENCHMARK(BM_Plan)->Arg(1)->Arg(32)->Arg(4096)->Arg(16384)->Unit(benchmark::kMicrosecond);

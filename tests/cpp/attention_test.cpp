@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "attention/cpu/schedule.hpp"
-#include "attention/plan.hpp"
+#include "attention/plan_buffers.hpp"
 #include "attention/segmented_attention.hpp"
 #include "check.hpp"
 #include "core/error.hpp"
@@ -22,10 +22,7 @@ struct Step {
   std::vector<int64_t> offsets;
   int64_t d_in, d_emb;
   std::vector<float> x, table, y;
-  std::vector<int32_t> permutation, tokens, queries;
-  std::vector<int64_t> rows;
-  int32_t num_segments = 0;
-  int64_t table_rows = 0;
+  l3ext::PlanBuffers plan;
 
   Step(std::vector<int64_t> rows_owned, int64_t num_tokens, int64_t in, int64_t emb)
       : d_in(in), d_emb(emb) {
@@ -41,27 +38,7 @@ struct Step {
     y.resize(num_tokens * d_emb, NAN);
     for (float& value : x) value = normal(random);
     for (float& value : table) value = normal(random) / std::sqrt(static_cast<float>(d_in));
-    permutation.resize(num_tokens);
-    tokens.resize(num_tokens);
-    queries.resize(num_tokens + 1);
-    rows.resize(2 * num_tokens);
-    l3ext::PlanParams params;
-    params.token_ids = ids.data();
-    params.num_tokens = num_tokens;
-    params.offsets = offsets.data();
-    params.vocab_size = static_cast<int64_t>(rows_owned.size());
-    params.permutation = permutation.data();
-    params.segment_tokens = tokens.data();
-    params.segment_queries = queries.data();
-    params.segment_rows = rows.data();
-    params.num_segments = &num_segments;
-    params.table_rows = &table_rows;
-    l3ext::plan(params);
-  }
-
-  l3ext::PlanView view() const {
-    return {permutation.data(), queries.data(), rows.data(), static_cast<int64_t>(ids.size()),
-            num_segments};
+    plan.make(ids, offsets);
   }
 
   l3ext::SegmentedAttentionParams forward(int threads) {
@@ -70,8 +47,8 @@ struct Step {
     params.keys = {table.data(), d_in + d_emb};
     params.values = {table.data() + d_in, d_in + d_emb};
     params.y = {y.data(), d_emb};
-    params.plan = view();
-    params.table_rows = table_rows;
+    params.plan = plan.view();
+    params.table_rows = plan.table_rows;
     params.d_in = d_in;
     params.d_emb = d_emb;
     params.num_threads = threads;
@@ -133,8 +110,8 @@ void backward_writes_every_row_and_the_weights_sum_to_one() {
   params.dx = {dx.data(), step.d_in};
   params.dkeys = {dtable.data(), width};
   params.dvalues = {dtable.data() + step.d_in, width};
-  params.plan = step.view();
-  params.table_rows = step.table_rows;
+  params.plan = step.plan.view();
+  params.table_rows = step.plan.table_rows;
   params.d_in = step.d_in;
   params.d_emb = step.d_emb;
   params.num_threads = 2;
@@ -145,14 +122,14 @@ void backward_writes_every_row_and_the_weights_sum_to_one() {
   EXPECT(finite);
   // Softmax weights of a query sum to 1: with dy = 1 so do its value gradients, per column.
   double sum = 0;
-  for (int64_t r = 0; r < step.table_rows; ++r) sum += dtable[r * width + step.d_in];
+  for (int64_t r = 0; r < step.plan.table_rows; ++r) sum += dtable[r * width + step.d_in];
   EXPECT(std::abs(sum - 50) < 1e-3);
 }
 
 void units_cover_every_query_once() {
   Step step({1, 300, 7}, 500, 64, 8);
   for (const bool whole : {false, true}) {
-    const auto units = l3ext::cpu::make_units(step.view(), step.d_in, whole);
+    const auto units = l3ext::cpu::make_units(step.plan.view(), step.d_in, whole);
     int64_t next = 0;
     for (const auto& unit : units) {
       EXPECT(unit.query_begin == next);

@@ -1,8 +1,9 @@
-"""The demo's modules are imported by plain names, as ``python scripts/demo`` does."""
+"""The scripts' modules are imported by plain names, as ``python scripts/<name>`` does."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/demo"))
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "demo")]
