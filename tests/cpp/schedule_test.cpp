@@ -153,9 +153,9 @@ void rows_and_queries_of_any_size_have_a_class() {
   }
   const int64_t most = std::numeric_limits<int32_t>::max();
   EXPECT(segment_order_key(most, most) == kLastOrderKey - 64 - 61);
-  EXPECT(l3ext::cuda::segment_work(1, most, true).copy == (1 << 26));
-  EXPECT(l3ext::cuda::segment_work(2, most, true).stream == (1 << 28));
-  EXPECT(l3ext::cuda::segment_work(2, most, false).dense == (1 << 25));
+  EXPECT(l3ext::cuda::segment_work(1, most, true).chunks[l3ext::cuda::kCopy] == (1 << 26));
+  EXPECT(l3ext::cuda::segment_work(2, most, true).chunks[l3ext::cuda::kStream] == (1 << 28));
+  EXPECT(l3ext::cuda::segment_work(2, most, false).chunks[l3ext::cuda::kDense] == (1 << 25));
   EXPECT(l3ext::cuda::segment_work(most, most, false).weights == most * (most + 1));
 }
 

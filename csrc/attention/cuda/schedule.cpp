@@ -53,27 +53,26 @@ void make_schedule(const PlanView& host_plan, int32_t* schedule) {
     out.segment_order[s] = static_cast<int32_t>(s);
     sum = sum + segment_work(segment.rows, segment.end - segment.begin, decode);
   }
-  *out.header = {
-      static_cast<int32_t>(num_segments), sum.dense, sum.stream, sum.copy, sum.split, {}};
+  const auto& chunks = sum.chunks;
+  *out.header = {static_cast<int32_t>(num_segments),
+                 chunks[kDense],
+                 chunks[kStream],
+                 chunks[kCopy],
+                 sum.split,
+                 {}};
   std::stable_sort(out.segment_order, out.segment_order + num_segments,
                    [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });
 
-  Chunk* dense = out.chunks;
-  Chunk* stream = dense + sum.dense;
-  Chunk* copy = stream + sum.stream;
-  for (int64_t i = 0; i < num_segments; ++i) {
-    const int32_t s = out.segment_order[i];
-    const Segment segment = read_segment(host_plan, s);
-    const SegmentWork work = segment_work(segment.rows, segment.end - segment.begin, decode);
-    int64_t query = segment.begin;
-    const auto emit = [&](Chunk*& next, int32_t count, int64_t most) {
-      for (; count > 0; --count, query += most) {
-        *next++ = make_chunk(s, query, segment.end, most);
+  Chunk* next = out.chunks;
+  for (int kind = 0; kind < kChunkKinds; ++kind) {
+    for (int64_t i = 0; i < num_segments; ++i) {
+      const int32_t s = out.segment_order[i];
+      const Segment segment = read_segment(host_plan, s);
+      const SegmentWork work = segment_work(segment.rows, segment.end - segment.begin, decode);
+      for (int64_t k = 0; k < work.chunks[kind]; ++k) {
+        *next++ = make_chunk(kind, k, s, segment.begin, segment.end, work.chunks[kDense]);
       }
-    };
-    emit(dense, work.dense, kDenseQueries);
-    emit(stream, work.stream, kStreamQueries);
-    emit(copy, work.copy, kCopyQueries);
+    }
   }
 }
 
