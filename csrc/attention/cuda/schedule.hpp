@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attention/segmented_attention.hpp"
 #include "core/cuda/host_device.hpp"
 
 namespace l3ext::cuda {
@@ -52,5 +53,10 @@ L3EXT_HOST_DEVICE inline Schedule carve_schedule(int32_t* array, int64_t num_tok
   return {reinterpret_cast<ScheduleHeader*>(array), reinterpret_cast<Chunk*>(array + 16),
           reinterpret_cast<int64_t*>(array + 16 + 4 * num_tokens), array + 16 + 6 * num_tokens};
 }
+
+// The host twin of cuda::schedule: makes the same array from a plan in host memory, of which it
+// reads num_tokens, num_segments, segment_queries and segment_rows. Throws kValue, before it writes
+// anything, unless the segments follow each other and hold all queries.
+void make_schedule(const PlanView& host_plan, int32_t* schedule);
 
 }  // namespace l3ext::cuda
