@@ -11,6 +11,8 @@
 // units.
 #pragma once
 
+#include "attention/cuda/heuristics.hpp"
+#include "attention/cuda/kernels.hpp"
 #include "attention/cuda/segments.cuh"
 
 namespace l3ext::cuda {
@@ -44,8 +46,8 @@ __device__ inline int64_t first_gradient_row(const BackwardArgs& a, int segment)
                                         : a.table.segment_rows[2 * static_cast<int64_t>(segment)];
 }
 
-// --- weights of row gradients: the queries are summed over
-// ------------------------------------------ [query][row] in shared memory, read across: for row
+// --- weights of row gradients: the queries are summed over ---------------------------------------
+// [query][row] in shared memory, read across: for row
 // `row` of the table, four queries.
 struct TransposedWeights {
   const float* base;
@@ -104,8 +106,8 @@ __device__ inline int gradient_tiles(const BackwardArgs& a) {
   return (a.d_in + (a.dvalues == nullptr ? 0 : a.d_emb)) / kTileColumns;
 }
 
-// --- copy chunks: one row or none
-// ------------------------------------------------------------------- The softmax of one score is 1
+// --- copy chunks: one row or none ----------------------------------------------------------------
+// The softmax of one score is 1
 // and does not depend on it: dx is 0, dvalues the sum of dy.
 template <typename T>
 __device__ inline void copy_chunk_gradients(const BackwardArgs& a, const Schedule& schedule,
@@ -144,8 +146,8 @@ __device__ inline void copy_chunk_gradients(const BackwardArgs& a, const Schedul
   }
 }
 
-// --- query gradients
-// -------------------------------------------------------------------------------- p and ds of one
+// --- query gradients -----------------------------------------------------------------------------
+// p and ds of one
 // query, by one warp, in place of its scores and of dp; both in `slices` parts.
 __device__ inline void softmax_backward(float* p, float* dp, int rows, int p_slices, int dp_slices,
                                         float scale) {
@@ -280,8 +282,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, Staged>)
   }
 }
 
-// --- row gradients of split segments
-// ----------------------------------------------------------------
+// --- row gradients of split segments -------------------------------------------------------------
 template <typename T>
 inline constexpr int kGradientTiles = sizeof(T) == 2 ? 8 : 1;  // of 8 rows, one warp at a time
 
@@ -312,8 +313,8 @@ __global__ void __launch_bounds__(kThreads, 1) row_gradients_kernel(BackwardArgs
   }
 }
 
-// --- rows that nothing touched
-// ---------------------------------------------------------------------- Dense gradients have a
+// --- rows that nothing touched -------------------------------------------------------------------
+// Dense gradients have a
 // zero for every row that no segment owns; segments' rows ascend. Parallel over blocks of rows, so
 // that one long gap occupies the whole device; one warp a block of rows.
 template <typename T>
@@ -347,6 +348,69 @@ __global__ void __launch_bounds__(kThreads) zero_gaps_kernel(BackwardArgs a) {
         fill_row(static_cast<T*>(a.dvalues) + row * a.dvalue_stride, a.d_emb, 0.0f);
       }
     }
+  }
+}
+
+// --- launch --------------------------------------------------------------------------------------
+template <typename T, int Tiles, bool Staged>
+void launch_query_gradients(const BackwardArgs& args, int64_t most_chunks, Stream stream) {
+  const auto kernel = query_gradients_kernel<T, Tiles, Staged>;
+  const int64_t shared = backward_shared_bytes(Tiles, args.table.max_rows);
+  const int resident = resident_blocks(kernel, kThreads, shared);
+  launch(kernel, static_cast<int>(min(most_chunks, static_cast<int64_t>(resident))), kThreads,
+         shared, stream, args);
+}
+
+template <typename T>
+void run_backward(const SegmentedAttentionBackwardParams& params,
+                  const BackwardWorkspace& workspace, const Launch& on) {
+  BackwardArgs args = {};
+  args.table = table_of(params);
+  args.x = params.x.data;
+  args.dy = params.dy.data;
+  args.dx = params.dx.data;
+  args.dkeys = params.dkeys.data;
+  args.dvalues = params.dvalues.data;
+  args.x_stride = static_cast<int>(params.x.stride);
+  args.dy_stride = static_cast<int>(params.dy.stride);
+  args.dx_stride = static_cast<int>(params.dx.stride);
+  args.dkey_stride = static_cast<int>(params.dkeys.stride);
+  args.dvalue_stride = static_cast<int>(params.dvalues.stride);
+  args.segment_gradients = params.segment_gradients;
+  args.permutation = params.plan.permutation;
+  args.segment_queries = params.plan.segment_queries;
+  args.schedule = params.plan.schedule;
+  args.num_tokens = params.plan.num_tokens;
+  args.table_rows = params.table_rows;
+  args.d_in = static_cast<int>(params.d_in);
+  args.d_emb = static_cast<int>(params.d_emb);
+  args.scale = static_cast<float>(params.scale);
+  args.p_weights = workspace.p_weights;
+  args.ds_weights = workspace.ds_weights;
+  const auto stream = static_cast<Stream>(on.stream);
+  const int64_t tokens = args.num_tokens;
+
+  const int tiles = tokens <= kDecodeTokens ? 1
+                                            : backward_tiles(sizeof(T), args.table.max_rows,
+                                                             device_limits().shared_bytes);
+  if constexpr (sizeof(T) == 2) {
+    if (tiles > 1) {
+      args.dense = true;
+      launch_query_gradients<T, 4, true>(args, tokens / kStreamQueries, stream);
+    }
+  }
+  args.dense = tiles == 1;
+  args.stream = true;
+  launch_query_gradients<T, 1, false>(args, tokens, stream);
+  if (args.dkeys == nullptr) return;
+
+  const int resident = resident_blocks(row_gradients_kernel<T>, kThreads, 0);
+  if (tokens > kStreamQueries) {
+    launch(row_gradients_kernel<T>, resident, kThreads, 0, stream, args);
+  }
+  if (args.segment_gradients == nullptr) {
+    launch(zero_gaps_kernel<T>, resident_blocks(zero_gaps_kernel<T>, kThreads, 0), kThreads, 0,
+           stream, args);
   }
 }
 

@@ -6,6 +6,8 @@
 // and the barrier), by the bytes of rows beyond.
 #pragma once
 
+#include "attention/cuda/heuristics.hpp"
+#include "attention/cuda/kernels.hpp"
 #include "attention/cuda/segments.cuh"
 
 namespace l3ext::cuda {
@@ -17,9 +19,6 @@ struct DecodeArgs {
   int slices;          // per chunk
   int tiles_per_unit;  // tiles of 64 columns that one block sums after one softmax
 };
-
-// Float parts of the warps, added up in the warps' order.
-inline constexpr int kDecodeParts = kWarps * kTileQueries * kTileColumns;
 
 template <typename T, int RowBlocks>
 __device__ inline void score_slice(const DecodeArgs& args, const Chunk& chunk,
@@ -147,6 +146,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, false>)
       sum_tile<T>(a, chunk, rows, tile, weights, inverse, parts);
     }
   }
+}
+
+// --- launch --------------------------------------------------------------------------------------
+template <typename T>
+void run_decode(const SegmentedAttentionParams& params, float* scores, const Launch& on) {
+  DecodeArgs args = {};
+  args.attention = attention_of(params);
+  args.scores = scores;
+  const int64_t shared = decode_shared_bytes(args.attention.table.max_rows);
+  const int resident = resident_blocks(decode_kernel<T>, kThreads, shared);
+  const DecodeShape shape =
+      decode_shape(params.plan.num_tokens, args.attention.table.max_rows, params.d_emb, resident);
+  args.slice_blocks = shape.slice_blocks;
+  args.slices = shape.slices;
+  args.tiles_per_unit = shape.tiles_per_unit;
+  launch(decode_kernel<T>, static_cast<int>(min(shape.units, static_cast<int64_t>(resident))),
+         kThreads, shared, static_cast<Stream>(on.stream), args, /*cooperative=*/true);
 }
 
 }  // namespace l3ext::cuda

@@ -6,6 +6,8 @@
 // are loaded and outputs stored.
 #pragma once
 
+#include "attention/cuda/heuristics.hpp"
+#include "attention/cuda/kernels.hpp"
 #include "attention/cuda/segments.cuh"
 
 namespace l3ext::cuda {
@@ -76,6 +78,43 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, Staged>)
     }
   }
   if (args.stream) copy_chunks<T>(a, schedule);
+}
+
+// --- launch --------------------------------------------------------------------------------------
+template <typename T, int Tiles, bool Staged>
+void launch_forward(const ForwardArgs& args, int64_t most_chunks, Stream stream) {
+  const auto kernel = forward_kernel<T, Tiles, Staged>;
+  const int64_t shared = forward_shared_bytes(Tiles, args.attention.table.max_rows);
+  const int resident = resident_blocks(kernel, kThreads, shared);
+  launch(kernel, static_cast<int>(min(most_chunks, static_cast<int64_t>(resident))), kThreads,
+         shared, stream, args);
+}
+
+template <typename T>
+void run_forward(const SegmentedAttentionParams& params, const Launch& on) {
+  ForwardArgs args = {};
+  args.attention = attention_of(params);
+  const auto stream = static_cast<Stream>(on.stream);
+  const int64_t tokens = params.plan.num_tokens;
+  const int tiles =
+      tokens <= kDecodeTokens
+          ? 1
+          : forward_tiles(sizeof(T), args.attention.table.max_rows, device_limits().shared_bytes);
+  if constexpr (sizeof(T) == 2) {
+    if (tiles > 1) {
+      // Heavy chunks first: the stream chunks then fill the device while the last of them finish.
+      args.dense = true;
+      const int64_t most_chunks = tokens / kStreamQueries;
+      if (tiles == 8) {
+        launch_forward<T, 8, true>(args, most_chunks, stream);
+      } else {
+        launch_forward<T, 4, true>(args, most_chunks, stream);
+      }
+    }
+  }
+  args.dense = tiles == 1;
+  args.stream = true;
+  launch_forward<T, 1, false>(args, tokens, stream);
 }
 
 }  // namespace l3ext::cuda

@@ -1,6 +1,7 @@
-// Plan and segmented attention on a CUDA device. The same parameters as on the CPU, with pointers to
-// device memory; everything is enqueued on the caller's stream: no allocation, no synchronisation,
-// capturable in a graph. Errors that only the data shows are not thrown: see plan().
+// Plan and segmented attention on a CUDA device. The same parameters as on the CPU, with pointers
+// to device memory; everything is enqueued on the caller's stream: no allocation, no
+// synchronisation, capturable in a graph. Errors that only the data shows are not thrown: see
+// plan().
 #pragma once
 
 #include <cstddef>

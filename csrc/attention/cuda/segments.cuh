@@ -5,18 +5,17 @@
 
 #include "attention/cuda/schedule.hpp"
 #include "attention/cuda/tiles.cuh"
+#include "attention/segmented_attention.hpp"
 
 namespace l3ext::cuda {
 
-inline constexpr int kWarps = 8;  // of every block of the attention kernels
-inline constexpr int kThreads = 32 * kWarps;
 // Streaming wants blocks that load while others wait at a barrier; the dense tiles and the FMA
 // units' accumulators want all registers.
 template <typename T, bool Dense>
 inline constexpr int kBlocksPerMultiprocessor = sizeof(T) == 2 && !Dense ? 2 : 1;
 
-// --- rows
-// ------------------------------------------------------------------------------------------- A
+// --- rows ----------------------------------------------------------------------------------------
+// A
 // table, or a directory of where each token's rows lie; see SegmentedAttentionInputs.
 struct Table {
   const void* keys;
@@ -29,6 +28,18 @@ struct Table {
   const int64_t* segment_rows;
   int64_t max_rows;
 };
+
+inline Table table_of(const SegmentedAttentionInputs& inputs) {
+  return {inputs.keys.data,
+          inputs.values.data,
+          static_cast<int>(inputs.keys.stride),
+          static_cast<int>(inputs.values.stride),
+          inputs.directory,
+          inputs.value_offset,
+          inputs.plan.segment_tokens,
+          inputs.plan.segment_rows,
+          inputs.plan.max_rows};
+}
 
 template <typename T>
 struct SegmentRows {
@@ -53,8 +64,8 @@ __device__ inline SegmentRows<T> rows_of(const Table& table, int segment) {
   return {keys, keys + table.value_offset, rows};
 }
 
-// --- outputs
-// ---------------------------------------------------------------------------------------- What
+// --- outputs -------------------------------------------------------------------------------------
+// What
 // every forward kernel reads and writes.
 struct Attention {
   Table table;
@@ -69,6 +80,20 @@ struct Attention {
   int d_emb;
   float scale;
 };
+
+inline Attention attention_of(const SegmentedAttentionParams& params) {
+  return {table_of(params),
+          params.x.data,
+          static_cast<int>(params.x.stride),
+          params.y.data,
+          static_cast<int>(params.y.stride),
+          params.plan.permutation,
+          params.plan.schedule,
+          params.plan.num_tokens,
+          static_cast<int>(params.d_in),
+          static_cast<int>(params.d_emb),
+          static_cast<float>(params.scale)};
+}
 
 template <typename T>
 __device__ inline T* row_of(void* base, int stride, int64_t row) {
@@ -121,8 +146,8 @@ __device__ inline void copy_chunks(const Attention& a, const Schedule& schedule)
   }
 }
 
-// --- queries
-// ---------------------------------------------------------------------------------------- Rows of
+// --- queries -------------------------------------------------------------------------------------
+// Rows of
 // x (or dy) in the plan's order.
 template <typename T>
 struct QuerySource {
@@ -138,12 +163,9 @@ struct QuerySource {
 template <typename T, int Tiles>
 class StagedQueries {
  public:
-  static constexpr int kStages = 3;
-  static constexpr int kColumns = 16 * kVector<T>;
-  // Half a bank row over: the two queries that a quarter-warp reads lie in different halves.
-  static constexpr int kQueryBytes = kColumns * static_cast<int>(sizeof(T)) + 64;
-  static constexpr int kStageBytes = Tiles * kTileQueries * kQueryBytes;
-  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kStages = kRingStages;
+  static constexpr int kColumns = kRingColumnBytes / static_cast<int>(sizeof(T));
+  static constexpr int kStageBytes = Tiles * kTileQueries * kRingQueryBytes;
 
   __device__ StagedQueries(std::byte* ring, const QuerySource<T>& source, int width, int passes)
       : ring_(ring),
@@ -167,7 +189,7 @@ class StagedQueries {
     const int query = query_of_lane(tile, sizeof(T));
     const int bytes = (column % kColumns + kVector<T> * (lane() % 4)) * static_cast<int>(sizeof(T));
     return *reinterpret_cast<const uint4*>(ring_ + index_ % kStages * kStageBytes +
-                                           query * kQueryBytes + bytes);
+                                           query * kRingQueryBytes + bytes);
   }
 
  private:
@@ -184,7 +206,7 @@ class StagedQueries {
           from += static_cast<int64_t>(__ldg(source_.permutation + query)) * source_.stride +
                   first + column;
         }
-        copy_async(stage + query * kQueryBytes + column * sizeof(T), from, valid);
+        copy_async(stage + query * kRingQueryBytes + column * sizeof(T), from, valid);
       }
     }
     commit_copies();  // an empty group too: wait_copies counts groups
@@ -198,15 +220,7 @@ class StagedQueries {
   int index_ = -1;  // of the chunk in use
 };
 
-// --- scores
-// ----------------------------------------------------------------------------------------- Floats
-// from one query's scores to the next: room for max_rows, and for the column slices of few rows; an
-// odd multiple of 16, which keeps float4 reads of neighbouring queries in different banks.
-L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
-  const int64_t rows = max_rows > 128 ? max_rows : 128;
-  return static_cast<int>((rows + 31) / 32 * 32 + 16);
-}
-
+// --- scores --------------------------------------------------------------------------------------
 __device__ inline int padded_rows(int rows) {
   return (rows + kBlockRows - 1) / kBlockRows * kBlockRows;
 }

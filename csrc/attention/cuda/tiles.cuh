@@ -11,6 +11,7 @@
 // the matrix units would round its operands.
 #pragma once
 
+#include "attention/cuda/layout.hpp"
 #include "core/cuda/primitives.cuh"
 
 namespace l3ext::cuda {
@@ -21,15 +22,11 @@ template <typename T>
 inline constexpr int kColumnStep = 4 * kVector<T>;  // columns that RowProducts takes at a time
 template <typename T>
 inline constexpr int kRowStep = sizeof(T) == 2 ? 16 : 8;  // rows that ColumnSums takes at a time
-inline constexpr int kBlockRows = 16;                     // rows of one tile of RowProducts
-inline constexpr int kTileQueries = 8;                    // queries of one tile of either
-inline constexpr int kTileColumns = 64;                   // columns of one ColumnSums
 
 __device__ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 __device__ inline int warp() { return static_cast<int>(threadIdx.x / 32); }
 
-// --- 16 bytes of elements
-// ---------------------------------------------------------------------------
+// --- 16 bytes of elements ------------------------------------------------------------------------
 template <typename T>
 __device__ inline void store_vector(T* target, const float (&v)[kVector<T>]) {
   uint4 packed;
@@ -69,8 +66,7 @@ __device__ inline float4 as_floats(uint4 v) {
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
-// --- rows: where row r begins
-// -----------------------------------------------------------------------
+// --- rows: where row r begins --------------------------------------------------------------------
 template <typename T>
 struct StridedRows {
   const T* base;
@@ -89,8 +85,8 @@ struct GatheredRows {
   }
 };
 
-// --- queries of RowProducts: 16 bytes of one query at a column
-// -------------------------------------- Which queries a lane loads: of each tile its own one for
+// --- queries of RowProducts: 16 bytes of one query at a column -----------------------------------
+// Which queries a lane loads: of each tile its own one for
 // the matrix units, all eight for FMA.
 template <typename T, int Tiles>
 inline constexpr int kQueriesPerLane = sizeof(T) == 2 ? Tiles : Tiles * kTileQueries;
@@ -119,8 +115,8 @@ struct GatheredQueries {
   }
 };
 
-// --- row products
-// ----------------------------------------------------------------------------------- Fragments of
+// --- row products --------------------------------------------------------------------------------
+// Fragments of
 // `Depth` steps are loaded while those before them are multiplied.
 template <typename T, int RowBlocks, int Tiles, int Depth>
 struct RowProducts {
@@ -248,8 +244,8 @@ struct RowProducts {
   }
 };
 
-// --- weights of ColumnSums
-// ---------------------------------------------------------------------------- Four rows' weights
+// --- weights of ColumnSums -----------------------------------------------------------------------
+// Four rows' weights
 // of one query. [query][row] in shared memory, `stride` from query to query.
 struct SharedWeights {
   const float* base;
@@ -259,8 +255,7 @@ struct SharedWeights {
   }
 };
 
-// --- column sums
-// ------------------------------------------------------------------------------------
+// --- column sums ---------------------------------------------------------------------------------
 template <typename T, int Tiles, int Depth>
 struct ColumnSums {
   static constexpr bool kMma = sizeof(T) == 2;

@@ -12,8 +12,7 @@
 
 namespace l3ext::cuda {
 
-// --- conversions: two 16-bit elements in one register, the first in the low half
-// ------------------
+// --- conversions: two 16-bit elements in one register, the first in the low half -----------------
 template <typename T>
 __device__ inline uint32_t pack(float first, float second);
 template <>
@@ -42,8 +41,8 @@ __device__ inline float2 unpack<Float16>(uint32_t pair) {
 __device__ inline uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ inline uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// --- memory
-// ---------------------------------------------------------------------------------------- 16 bytes
+// --- memory --------------------------------------------------------------------------------------
+// 16 bytes
 // of a table row: read once by this block, so it shall not displace the queries in L1.
 __device__ inline uint4 load_streaming(const void* address) {
   uint4 v;
@@ -72,8 +71,8 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// --- matrix product
-// -------------------------------------------------------------------------------- c[16 x 8] +=
+// --- matrix product ------------------------------------------------------------------------------
+// c[16 x 8] +=
 // a[16 x 16] b[16 x 8] by one warp. With lane = 4 g + t, a thread holds
 //   a: (row g, k 2t, 2t+1), (row g+8, same), (row g, k 2t+8, 2t+9), (row g+8, same)
 //   b: (k 2t, 2t+1, column g), (k 2t+8, 2t+9, column g)

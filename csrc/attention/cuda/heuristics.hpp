@@ -1,0 +1,24 @@
+// Choices of tile and split sizes: pure functions of sizes and the device's limits. None of them
+// changes a result's bits.
+#pragma once
+
+#include <cstdint>
+
+namespace l3ext::cuda {
+
+// Tiles of 8 queries that one block attends at a time in dense chunks, as many as shared memory
+// holds the scores of; 1: the stream kernel serves the dense chunks too.
+int forward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes);   // 8, 4 or 1
+int backward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes);  // 4 or 1
+
+struct DecodeShape {
+  int slice_blocks;    // 1 or 2: blocks of 16 rows that one block of threads scores at a time
+  int slices;          // of max_rows
+  int tiles_per_unit;  // tiles of 64 columns that one block of threads sums after one softmax
+  int64_t units;       // at most, of either phase: more blocks than this have nothing to do
+};
+// Smaller pieces while they fit the `resident` blocks in a few turns, larger ones beyond: a piece
+// costs some microseconds of latency however small it is.
+DecodeShape decode_shape(int64_t num_tokens, int64_t max_rows, int64_t d_emb, int resident);
+
+}  // namespace l3ext::cuda

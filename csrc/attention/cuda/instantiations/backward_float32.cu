@@ -1,0 +1,6 @@
+#include "attention/cuda/backward.cuh"
+
+namespace l3ext::cuda {
+template void run_backward<float>(const SegmentedAttentionBackwardParams&, const BackwardWorkspace&,
+                                  const Launch&);
+}  // namespace l3ext::cuda

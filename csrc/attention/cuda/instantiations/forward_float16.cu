@@ -1,0 +1,5 @@
+#include "attention/cuda/forward.cuh"
+
+namespace l3ext::cuda {
+template void run_forward<Float16>(const SegmentedAttentionParams&, const Launch&);
+}  // namespace l3ext::cuda

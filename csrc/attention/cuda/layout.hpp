@@ -1,0 +1,48 @@
+// What host and device must agree on: sizes of tiles, blocks and shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cuda/host_device.hpp"
+
+namespace l3ext::cuda {
+
+inline constexpr int kWarps = 8;  // of every block of the attention kernels
+inline constexpr int kThreads = 32 * kWarps;
+
+inline constexpr int kBlockRows = 16;    // rows of one tile of RowProducts
+inline constexpr int kTileQueries = 8;   // queries of one tile of either product
+inline constexpr int kTileColumns = 64;  // columns of one ColumnSums
+
+// Queries of many tiles are staged through a ring in shared memory, 256 bytes of each at a time.
+// Half a bank row over: the two queries that a quarter-warp reads lie in different halves.
+inline constexpr int kRingStages = 3;
+inline constexpr int kRingColumnBytes = 256;
+inline constexpr int kRingQueryBytes = kRingColumnBytes + 64;
+
+// Floats from one query's scores to the next: room for max_rows, and for the column slices of few
+// rows; an odd multiple of 16, which keeps float4 reads of neighbouring queries in different banks.
+L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
+  const int64_t rows = max_rows > 128 ? max_rows : 128;
+  return static_cast<int>((rows + 31) / 32 * 32 + 16);
+}
+
+// Float parts of the decode kernel's warps: [warp][query][column].
+inline constexpr int kDecodeParts = kWarps * kTileQueries * kTileColumns;
+
+// --- bytes of shared memory; `tiles` > 1 stages its queries
+// ----------------------------------------
+constexpr int64_t ring_bytes(int tiles) {
+  return tiles == 1 ? 0 : int64_t{kRingStages} * tiles * kTileQueries * kRingQueryBytes;
+}
+constexpr int64_t forward_shared_bytes(int tiles, int64_t max_rows) {
+  return int64_t{4} * tiles * kTileQueries * (score_stride(max_rows) + 1) + ring_bytes(tiles);
+}
+constexpr int64_t backward_shared_bytes(int tiles, int64_t max_rows) {
+  return int64_t{4} * tiles * kTileQueries * 2 * score_stride(max_rows) + ring_bytes(tiles);
+}
+constexpr int64_t decode_shared_bytes(int64_t max_rows) {
+  return int64_t{4} * (kDecodeParts + kTileQueries * (score_stride(max_rows) + 1));
+}
+
+}  // namespace l3ext::cuda
