@@ -60,6 +60,7 @@ struct Case {
   bool split(int64_t s) const {
     return rows[2 * s + 1] > rows[2 * s] && queries[s + 1] - queries[s] > 8;
   }
+  bool wide(int64_t s) const { return split(s) && queries[s + 1] - queries[s] > 32; }
   std::vector<int32_t> order() {
     const int32_t* order = schedule().segment_order;
     return {order, order + num_segments()};
@@ -86,8 +87,9 @@ using Counts = std::vector<int32_t>;
 void a_decode_step_streams_and_copies() {
   Case c({{3, 5}, {70, 1}, {17, 2}, {1, 512}, {2, 0}, {33, -1}});
   EXPECT(c.kinds() == Counts({0, 1 + 3 + 1, 3 + 1 + 2}));
-  // Work 15, 70, 34, 512, 2, 33: classes 3, 6, 5, 9, 1, 5. Split: 1 and 2.
+  // Work 15, 70, 34, 512, 2, 33: classes 3, 6, 5, 9, 1, 5. Wide: 1, split: 2 too.
   EXPECT(c.schedule().header->split_segments == 2);
+  EXPECT(c.schedule().header->wide_segments == 1);
   EXPECT(c.order() == Counts({1, 2, 3, 5, 0, 4}));
   EXPECT(c.chunks() == Chunks({{2, 73, 8},
                                {2, 81, 8},
@@ -109,8 +111,10 @@ void a_larger_step_is_dense_and_its_remainders_stream() {
   // 64 + 8 queries, 64 + 9, 128, 8, 9, and copies to pass the limit of a decode step.
   Case c({{72, 100}, {73, 100}, {128, 50}, {8, 3}, {9, 3}, {kDecodeTokens, 1}});
   EXPECT(c.kinds() == Counts({1 + 2 + 2 + 1, 1 + 1, kDecodeTokens / kCopyQueries}));
-  // Work 7200, 7300, 6400, 24, 27, 1024: classes 12, 12, 12, 4, 4, 10. All but 3 are split.
+  // Work 7200, 7300, 6400, 24, 27, 1024: classes 12, 12, 12, 4, 4, 10. All but 3 are
+  // split, and but 4 wide.
   EXPECT(c.schedule().header->split_segments == 5);
+  EXPECT(c.schedule().header->wide_segments == 4);
   EXPECT(c.order() == Counts({0, 1, 2, 5, 4, 3}));
   Chunks first = c.chunks();
   first.resize(9);
@@ -180,12 +184,15 @@ void expect_sound(Case& c) {
     place[s] = static_cast<int32_t>(i);
     if (i == 0) continue;
     const int32_t before = schedule.segment_order[i - 1];
-    const auto key = [&](int32_t s) { return std::tuple(!c.split(s), -work_class(s), s); };
+    const auto key = [&](int32_t s) {
+      return std::tuple(!c.wide(s), !c.split(s), -work_class(s), s);
+    };
     EXPECT(key(before) < key(s));
   }
-  int32_t splits = 0;
-  for (int32_t s = 0; s < c.num_segments(); ++s) splits += c.split(s);
+  int32_t splits = 0, wides = 0;
+  for (int32_t s = 0; s < c.num_segments(); ++s) splits += c.split(s), wides += c.wide(s);
   EXPECT(header.split_segments == splits);
+  EXPECT(header.wide_segments == wides);
 
   const int32_t ends[] = {header.dense_chunks, header.dense_chunks + header.stream_chunks,
                           header.dense_chunks + header.stream_chunks + header.copy_chunks};

@@ -35,10 +35,11 @@ struct BackwardArgs {
   int d_in;
   int d_emb;
   float scale;
-  void* p_weights;   // of the split segments, [row][roundup8(queries)] at segment_weights
-  void* ds_weights;  // likewise
-  bool dense;        // this launch serves the dense chunks
-  bool stream;       // this launch serves the stream and copy chunks
+  void* p_weights;    // of the split segments, [row][roundup8(queries)] at segment_weights
+  void* ds_weights;   // likewise
+  int whole_queries;  // segments of more have their row gradients summed by row_gradients
+  bool dense;         // this launch serves the dense chunks
+  bool stream;        // this launch serves the stream and copy chunks
 };
 
 __device__ inline int64_t first_gradient_row(const BackwardArgs& a, int segment) {
@@ -121,7 +122,7 @@ __device__ inline void copy_chunk_gradients(const BackwardArgs& a, const Schedul
   }
   if (a.dkeys == nullptr || rows.count != 1) return;
   const int begin = a.segment_queries[chunk.segment];
-  if (a.segment_queries[chunk.segment + 1] - begin > kStreamQueries) {
+  if (a.segment_queries[chunk.segment + 1] - begin > a.whole_queries) {
     if (lane() < (chunk.queries + 7) / 8 * 8) {
       const int64_t i =
           schedule.segment_weights[chunk.segment] + chunk.query_begin - begin + lane();
@@ -228,7 +229,7 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
   if (a.dkeys == nullptr) return;
   const int begin = a.segment_queries[segment];
   const int all_queries = a.segment_queries[segment + 1] - begin;
-  if (all_queries > kStreamQueries) {
+  if (all_queries > a.whole_queries) {
     const int64_t target_stride = (all_queries + 7) / 8 * 8;
     const int64_t target = schedule.segment_weights[segment] + query_begin - begin;
     store_weights<T>(p, stride, rows.count, queries, static_cast<T*>(a.p_weights) + target,
@@ -237,17 +238,15 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
                      target_stride);
     return;
   }
-  if constexpr (Tiles == 1) {
-    constexpr int kRowTiles = sizeof(T) == 2 ? 2 : 1;
-    const int64_t first = first_gradient_row(a, segment);
-    for (int tile = warp(); tile < gradient_tiles(a); tile += kWarps) {
-      for (int r = 0; r < rows.count; r += kRowTiles * kTileQueries) {
-        const TransposedWeights of_p{p + r, stride, rows.count - r, padded};
-        const TransposedWeights of_ds{ds + r, stride, rows.count - r, padded};
-        sum_row_gradients<T, kRowTiles>(a, query_begin, queries, of_p, of_ds,
-                                        min(rows.count - r, kRowTiles * kTileQueries), first + r,
-                                        tile);
-      }
+  constexpr int kRowTiles = Staged ? 4 : sizeof(T) == 2 ? 2 : 1;
+  const int64_t first = first_gradient_row(a, segment);
+  for (int tile = warp(); tile < gradient_tiles(a); tile += kWarps) {
+    for (int r = 0; r < rows.count; r += kRowTiles * kTileQueries) {
+      const TransposedWeights of_p{p + r, stride, rows.count - r, padded};
+      const TransposedWeights of_ds{ds + r, stride, rows.count - r, padded};
+      sum_row_gradients<T, kRowTiles>(a, query_begin, queries, of_p, of_ds,
+                                      min(rows.count - r, kRowTiles * kTileQueries), first + r,
+                                      tile);
     }
   }
 }
@@ -282,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, Staged>)
   }
 }
 
-// --- row gradients of split segments -------------------------------------------------------------
+// --- row gradients of segments that no block holds whole -----------------------------------------
 template <typename T>
 inline constexpr int kGradientTiles = sizeof(T) == 2 ? 8 : 1;  // of 8 rows, one warp at a time
 
@@ -293,8 +292,9 @@ __global__ void __launch_bounds__(kThreads, 1) row_gradients_kernel(BackwardArgs
   const int tiles = gradient_tiles(a);
   const int tile_groups = (tiles + kWarps - 1) / kWarps;
   const int row_groups = static_cast<int>((a.table.max_rows + kRows - 1) / kRows);
-  const int64_t units =
-      static_cast<int64_t>(schedule.header->split_segments) * row_groups * tile_groups;
+  const int segments = a.whole_queries == kWideQueries ? schedule.header->wide_segments
+                                                       : schedule.header->split_segments;
+  const int64_t units = static_cast<int64_t>(segments) * row_groups * tile_groups;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const int segment = schedule.segment_order[unit / (row_groups * tile_groups)];
     const auto rows = rows_of<T>(a.table, segment);
@@ -393,8 +393,10 @@ void run_backward(const SegmentedAttentionBackwardParams& params,
   const int tiles = tokens <= kDecodeTokens ? 1
                                             : backward_tiles(sizeof(T), args.table.max_rows,
                                                              device_limits().shared_bytes);
+  args.whole_queries = tiles > 1 ? kWideQueries : kStreamQueries;
   if constexpr (sizeof(T) == 2) {
     if (tiles > 1) {
+      static_assert(4 * kTileQueries == kWideQueries);
       args.dense = true;
       launch_query_gradients<T, 4, true>(args, tokens / kStreamQueries, stream);
     }
@@ -405,7 +407,7 @@ void run_backward(const SegmentedAttentionBackwardParams& params,
   if (args.dkeys == nullptr) return;
 
   const int resident = resident_blocks(row_gradients_kernel<T>, kThreads, 0);
-  if (tokens > kStreamQueries) {
+  if (tokens > args.whole_queries) {
     launch(row_gradients_kernel<T>, resident, kThreads, 0, stream, args);
   }
   if (args.segment_gradients == nullptr) {

@@ -59,6 +59,7 @@ void make_schedule(const PlanView& host_plan, int32_t* schedule) {
                  chunks[kStream],
                  chunks[kCopy],
                  sum.split,
+                 sum.wide,
                  {}};
   std::stable_sort(out.segment_order, out.segment_order + num_segments,
                    [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });

@@ -12,6 +12,7 @@ namespace l3ext::cuda {
 // A chunk is some queries of one segment, attended by one block at a time.
 constexpr int kStreamQueries = 8;  // one mma tile of queries: rows are streamed once
 constexpr int kDenseQueries = 64;  // rows are used for eight tiles of queries each
+constexpr int kWideQueries = 32;   // above it, row gradients take more than one block
 constexpr int kCopyQueries = 32;   // segments of at most one row: nothing to attend, only to copy
 // Steps of at most this many tokens run by the decode kernel, which splits every chunk's rows and
 // columns over blocks: all their chunks have at most kStreamQueries queries.
@@ -29,9 +30,9 @@ struct ScheduleHeader {
   int32_t dense_chunks;    // chunks[0 .. dense)
   int32_t stream_chunks;   // chunks[dense .. dense + stream)
   int32_t copy_chunks;     // the rest
-  int32_t split_segments;  // with rows and more than kStreamQueries queries: no single chunk sums
-                           // their row gradients
-  int32_t reserved[11];    // 0
+  int32_t split_segments;  // with rows and more than kStreamQueries queries
+  int32_t wide_segments;   // with rows and more than kWideQueries queries; split too
+  int32_t reserved[10];    // 0
 };
 
 // Sections of the array, in this order. Within a kind, chunks follow segment_order, then
@@ -42,8 +43,8 @@ struct Schedule {
   int64_t* segment_weights;  // [num_tokens]: first element of the segment's weights in the backward
                              // workspace: over the split segments before it, the sum of rows times
                              // queries rounded up to 8
-  int32_t* segment_order;    // [num_tokens]: the split segments, then the others; in each part most
-                             // work first (by power of two), ties by index
+  int32_t* segment_order;    // [num_tokens]: the wide segments, then the other split ones, then the
+                             // rest; in each part most work first (by power of two), ties by index
 };
 
 // int32 entries of the array; aligned to 16 bytes it keeps every section aligned.

@@ -20,12 +20,14 @@ L3EXT_HOST_DEVICE constexpr int64_t most_queries(int kind) {
 struct SegmentWork {
   int64_t weights;  // elements of the backward workspace
   int32_t split;    // 1: a split segment
+  int32_t wide;     // 1: a wide segment
   int32_t chunks[kChunkKinds];
 };
 
 L3EXT_HOST_DEVICE inline SegmentWork operator+(const SegmentWork& a, const SegmentWork& b) {
   return {a.weights + b.weights,
           a.split + b.split,
+          a.wide + b.wide,
           {a.chunks[0] + b.chunks[0], a.chunks[1] + b.chunks[1], a.chunks[2] + b.chunks[2]}};
 }
 
@@ -43,6 +45,7 @@ L3EXT_HOST_DEVICE inline SegmentWork segment_work(int64_t rows, int64_t queries,
   SegmentWork work = {};
   if (is_split(rows, queries)) {
     work.split = 1;
+    work.wide = queries > kWideQueries ? 1 : 0;
     work.weights = rows * ((queries + 7) / 8 * 8);
   }
   if (rows <= 1) {
@@ -57,11 +60,11 @@ L3EXT_HOST_DEVICE inline SegmentWork segment_work(int64_t rows, int64_t queries,
   return work;
 }
 
-// Segments in ascending order of this key (ties by index) are in segment_order: split ones first,
-// then by work. Powers of two of it: keys of 7 bits sort in one radix pass, and a factor of two is
-// near enough for a queue.
-constexpr int kOrderKeyBits = 7;
-constexpr uint32_t kLastOrderKey = (1u << kOrderKeyBits) - 1;
+// Segments in ascending order of this key (ties by index) are in segment_order: wide ones first,
+// then split ones, each by work. Powers of two of it: keys of 8 bits sort in one radix pass, and a
+// factor of two is near enough for a queue.
+constexpr int kOrderKeyBits = 8;
+constexpr uint32_t kLastOrderKey = 3 * 64 - 1;
 
 L3EXT_HOST_DEVICE inline uint32_t segment_order_key(int64_t rows, int64_t queries) {
   uint64_t work = static_cast<uint64_t>(queries) * static_cast<uint64_t>(rows > 1 ? rows : 1);
@@ -72,7 +75,8 @@ L3EXT_HOST_DEVICE inline uint32_t segment_order_key(int64_t rows, int64_t querie
       log2 += step;
     }
   }
-  return kLastOrderKey - log2 - (is_split(rows, queries) ? 64 : 0);
+  const uint32_t part = !is_split(rows, queries) ? 2 : queries <= kWideQueries ? 1 : 0;
+  return 64 * part + 63 - log2;
 }
 
 // The index-th chunk of a kind among those of a segment [begin, end) with `dense` dense ones. Its
