@@ -193,6 +193,7 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
   auto* ring = reinterpret_cast<std::byte*>(ds + Tiles * kTileQueries * stride);
   const int32_t* permutation = a.permutation + query_begin;
 
+  prefetch_rows(rows.values, a.table.value_stride, rows.count, a.d_emb);
   const QuerySource<T> x{static_cast<const T*>(a.x), a.x_stride, permutation, queries};
   score_rows<T, Tiles, Staged>(rows.keys, a.table.key_stride, rows.count, x, a.d_in, p, stride,
                                ring);

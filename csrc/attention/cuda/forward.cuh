@@ -28,6 +28,7 @@ __device__ inline void attend(const Attention& a, const SegmentRows<T>& rows, in
   auto* ring = reinterpret_cast<std::byte*>(inverse + Tiles * kTileQueries);
   const int32_t* permutation = a.permutation + query_begin;
 
+  prefetch_rows(rows.values, a.table.value_stride, rows.count, a.d_emb);
   const QuerySource<T> source{static_cast<const T*>(a.x), a.x_stride, permutation, queries};
   score_rows<T, Tiles, Staged>(rows.keys, a.table.key_stride, rows.count, source, a.d_in, scores,
                                stride, ring);

@@ -135,13 +135,10 @@ struct RowProducts {
   template <typename Queries>
   __device__ void run(const T* rows, int stride, int count, Queries& queries, int begin, int end) {
     const T* base = rows + kVector<T> * (lane() % 4);
-    int offsets[RowBlocks][2];  // of this lane's rows; they are within 2^31 elements of `rows`
 #pragma unroll
     for (int b = 0; b < RowBlocks; ++b) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int r = b * kBlockRows + h * 8 + lane() / 4;
-        offsets[b][h] = min(r, count - 1) * stride;
         for (int n = 0; n < Tiles; ++n) {
           for (int i = 0; i < (kMma ? 2 : 8); ++i) c[b][n][(kMma ? 2 : 8) * h + i] = 0;
         }
@@ -156,7 +153,9 @@ struct RowProducts {
         for (int b = 0; b < RowBlocks; ++b) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            f.rows[d][b][h] = load_streaming(base + offsets[b][h] + k);
+            // Found anew each time: offsets kept in registers would make the dense tiles spill.
+            const int r = min(b * kBlockRows + h * 8 + lane() / 4, count - 1);
+            f.rows[d][b][h] = load_streaming(base + static_cast<int64_t>(r) * stride + k);
           }
         }
       }

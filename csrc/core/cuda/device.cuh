@@ -13,6 +13,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <tuple>
 
 #include "core/cuda/check.hpp"
 
@@ -45,16 +47,24 @@ inline DeviceLimits device_limits() {
   return {multiprocessors, shared_bytes};
 }
 
-// Blocks of `kernel` that run at the same time on the whole device; 0: it does not fit.
+// Blocks of `kernel` that run at the same time on the whole device; 0: it does not fit. Asked once
+// per kernel, device and size: the answer costs some microseconds, as much as a launch.
 template <typename Args>
 int resident_blocks(void (*kernel)(Args), int threads, int64_t shared_bytes) {
   const auto* function = reinterpret_cast<const void*>(kernel);
-  L3EXT_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-  int blocks = 0;
-  L3EXT_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &blocks, function, threads, static_cast<size_t>(shared_bytes)));
-  return blocks * device_limits().multiprocessors;
+  int device = 0;
+  L3EXT_CUDA_CHECK(cudaGetDevice(&device));
+  thread_local std::map<std::tuple<const void*, int, int, int64_t>, int> known;
+  const auto [entry, is_new] = known.try_emplace({function, device, threads, shared_bytes}, 0);
+  if (is_new) {
+    L3EXT_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
+    int blocks = 0;
+    L3EXT_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, function, threads, static_cast<size_t>(shared_bytes)));
+    entry->second = blocks * device_limits().multiprocessors;
+  }
+  return entry->second;
 }
 
 // Launches kernel(args); the caller has asked resident_blocks() for the same shape before.
