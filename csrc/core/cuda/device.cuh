@@ -55,16 +55,24 @@ int resident_blocks(void (*kernel)(Args), int threads, int64_t shared_bytes) {
   int device = 0;
   L3EXT_CUDA_CHECK(cudaGetDevice(&device));
   thread_local std::map<std::tuple<const void*, int, int, int64_t>, int> known;
-  const auto [entry, is_new] = known.try_emplace({function, device, threads, shared_bytes}, 0);
-  if (is_new) {
+  const std::tuple key(function, device, threads, shared_bytes);
+  if (const auto entry = known.find(key); entry != known.end()) return entry->second;
+  const DeviceLimits limits = device_limits();
+  int blocks = 0;
+  if (shared_bytes <= limits.shared_bytes) {
     L3EXT_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
-    int blocks = 0;
     L3EXT_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &blocks, function, threads, static_cast<size_t>(shared_bytes)));
-    entry->second = blocks * device_limits().multiprocessors;
   }
-  return entry->second;
+  if (blocks == 0) {
+    throw Error(ErrorCode::kRuntime,
+                concat("device: expected room for a kernel of ", threads, " threads and ",
+                       shared_bytes, " bytes of shared memory, got a device with at most ",
+                       limits.shared_bytes, " bytes a block"));
+  }
+  known[key] = blocks * limits.multiprocessors;
+  return known[key];
 }
 
 // Launches kernel(args); the caller has asked resident_blocks() for the same shape before.
