@@ -12,6 +12,8 @@ using namespace step;
 
 namespace {
 
+using step::same_bits;
+
 constexpr double kFactor = 4;  // of the forward's tolerance: p and ds are rounded on the way
 constexpr int64_t kManyTokens = l3ext::cuda::kDecodeTokens + 1;
 const std::vector<int64_t> kRows = {0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 129, 511, 512, 700};
@@ -20,7 +22,7 @@ template <typename T>
 bool close(const Gradients& actual, const Gradients& expected, const char* what) {
   const auto part = [&](const std::vector<double>& a, const std::vector<double>& e,
                         const char* name) {
-    return close(a, e, kFactor * kTolerance<T>, (std::string(what) + ": " + name).c_str());
+    return step::close(a, e, kFactor * kTolerance<T>, (std::string(what) + ": " + name).c_str());
   };
   const bool dx = part(actual.dx, expected.dx, "dx");
   const bool dkeys = part(actual.dkeys, expected.dkeys, "dkeys");
