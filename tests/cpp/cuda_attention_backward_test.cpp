@@ -12,6 +12,8 @@ using namespace step;
 
 namespace {
 
+using step::same_bits;
+
 constexpr double kFactor = 4;  // of the forward's tolerance: p and ds are rounded on the way
 constexpr int64_t kManyTokens = l3ext::cuda::kDecodeTokens + 1;
 const std::vector<int64_t> kRows = {0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 129, 511, 512, 700};
@@ -20,7 +22,7 @@ template <typename T>
 bool close(const Gradients& actual, const Gradients& expected, const char* what) {
   const auto part = [&](const std::vector<double>& a, const std::vector<double>& e,
                         const char* name) {
-    return close(a, e, kFactor * kTolerance<T>, (std::string(what) + ": " + name).c_str());
+    return step::close(a, e, kFactor * kTolerance<T>, (std::string(what) + ": " + name).c_str());
   };
   const bool dx = part(actual.dx, expected.dx, "dx");
   const bool dkeys = part(actual.dkeys, expected.dkeys, "dkeys");
@@ -74,6 +76,11 @@ void tables_of_any_layout_and_gradients_of_any_kind() {
           shape.layout = layout;
           shape.tied = tied;
           Step<T> step(with_widths(shape, 128, tied ? 128 : 64));
+          if (layout == Layout::kDirectory) {  // has no rows to give gradients to
+            EXPECT(step::close(step.backward({.rows = false}).dx, step.expected_gradients().dx,
+                               kFactor * kTolerance<T>, "directory"));
+            continue;
+          }
           const Gradients whole = step.backward();
           EXPECT(close<T>(whole, step.expected_gradients(), "layout"));
           EXPECT(same_bits(whole, step.backward({.packed = true})));
@@ -117,15 +124,14 @@ void extreme_scores() {
   for_each_dtype([]<typename T>() {
     for (const bool few : {true, false}) {
       Step<T> step(grid({2, 20, 150}, {2, few ? 12 : 400}));
+      // Only one column makes the scores, so that errors of dx are small beside what dx is.
       for (int64_t r = 0; r < step.table_rows; ++r) {
-        for (int64_t c = 0; c < 64; ++c) {
-          step.keys[r * 64 + c] = c == 5 ? (r % 3 == 1 ? 80 : -80) : 0;
-        }
+        step.keys[r * 64 + 5] = r % 3 == 1 ? 0.625 : -0.625;
       }
-      for (size_t i = 0; i < step.x.size(); ++i) step.x[i] = i % 64 == 5 ? 128 : 0;
+      for (size_t i = 0; i < step.x.size(); ++i) step.x[i] = i % 64 == 5 ? 16384 : 0;
+      for (double& v : step.dy) v /= 64;  // or dkeys would pass float16's range
       step.upload();
-      const Gradients got = step.backward();
-      EXPECT(close<T>(got, step.expected_gradients(), "scores of 10240"));
+      EXPECT(close<T>(step.backward(), step.expected_gradients(), "scores of 10240"));
       step.shape.scale = 0;
       EXPECT(close<T>(step.backward(), step.expected_gradients(), "scale 0"));
     }
@@ -177,7 +183,7 @@ void any_order_of_threads_and_any_device_give_the_same_bits() {
       const Gradients first = step.backward();
       for (uint64_t seed = 1; seed <= 4; ++seed) {
         l3ext::cuda::emulation().seed = seed;
-        l3ext::cuda::emulation().multiprocessors = seed == 4 ? 40 : static_cast<int>(seed);
+        l3ext::cuda::emulation().multiprocessors = seed == 4 ? 20 : static_cast<int>(seed);
         EXPECT(same_bits(first, step.backward()));
       }
       l3ext::cuda::emulation() = {};
@@ -201,7 +207,7 @@ void what_does_not_fit_is_refused_by_name() {
         EXPECT_THROWS(l3ext::Error, l3ext::cuda::segmented_attention_backward(params, launch));
     return text.find(argument) != std::string::npos && text.find("got") != std::string::npos;
   };
-  EXPECT(names("d_in", [](auto& p, auto&) { p.d_in = 96; }));
+  EXPECT(names("keys", [](auto& p, auto&) { p.d_in = 96; }));
   EXPECT(names("dy", [](auto& p, auto&) { p.dy.stride = 68; }));
   EXPECT(names("dx", [](auto& p, auto&) { p.dx.stride = 68; }));
   EXPECT(names("dkeys", [](auto& p, auto&) { p.dkeys.stride = 68; }));

@@ -173,7 +173,7 @@ void any_order_of_threads_and_any_device_give_the_same_bits() {
       const std::vector<double> first = step.forward();
       for (uint64_t seed = 1; seed <= 4; ++seed) {
         l3ext::cuda::emulation().seed = seed;
-        l3ext::cuda::emulation().multiprocessors = seed == 4 ? 40 : static_cast<int>(seed);
+        l3ext::cuda::emulation().multiprocessors = seed == 4 ? 20 : static_cast<int>(seed);
         EXPECT(same_bits(first, step.forward()));
       }
       l3ext::cuda::emulation() = {};
@@ -270,9 +270,9 @@ void what_does_not_fit_is_refused_by_name() {
         message([&](l3ext::SegmentedAttentionParams& p, l3ext::cuda::Launch&) { change(p); });
     return text.find(argument) != std::string::npos && text.find("got") != std::string::npos;
   };
-  EXPECT(names("d_in", [](auto& p) { p.d_in = 96; }));
-  EXPECT(names("d_in", [](auto& p) { p.d_in = 8256; }));
-  EXPECT(names("d_emb", [](auto& p) { p.d_emb = 32; }));
+  EXPECT(names("keys", [](auto& p) { p.d_in = 96; }));
+  EXPECT(names("keys", [](auto& p) { p.d_in = 8256; }));
+  EXPECT(names("values", [](auto& p) { p.d_emb = 32; }));
   EXPECT(names("max_rows", [](auto& p) { p.plan.max_rows = 4097; }));
   EXPECT(names("float64", [](auto& p) { p.dtype = DType::kFloat64; }));
   EXPECT(names("x", [](auto& p) { p.x.stride = 68; }));

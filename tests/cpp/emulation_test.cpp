@@ -219,6 +219,7 @@ void a_launch_that_a_device_refuses_is_refused() {
   const SharedArgs args{-1, out.data()};
   EXPECT(resident_blocks(touch_shared, 64, 227 * 1024) == 3);
   EXPECT(resident_blocks(touch_shared, 1024, 1024) == 6);
+  EXPECT(resident_blocks(touch_shared, 64, 114 * 1024) == 3);
   EXPECT(resident_blocks(touch_shared, 64, 227 * 1024 + 1) == 0);
   EXPECT(contains(EXPECT_THROWS(Error, launch(touch_shared, 1, 1025, 16, nullptr, args)),
                   "1 to 1024 threads, got 1025"));

@@ -423,8 +423,10 @@ void wait_copies(int pending) {
 }
 
 int resident_blocks(const void* kernel, int threads, int64_t shared_bytes) {
-  constexpr int kThreads = 2048, kBlocks = 32;  // of one multiprocessor, as on an H200
-  constexpr int64_t kReserved = 1024;           // bytes of shared memory per block
+  // Of one multiprocessor. Registers, which are not emulated, leave room for two blocks of the
+  // attention kernels: more would only be more stacks.
+  constexpr int kThreads = 2048, kBlocks = 2;
+  constexpr int64_t kReserved = 1024;  // bytes of shared memory per block
   const int64_t limit = emulation().shared_bytes;
   if (threads < 1 || threads > 1024 || shared_bytes > limit) return 0;
   machine.shared_allowed[kernel] = shared_bytes;

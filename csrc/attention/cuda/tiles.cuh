@@ -104,8 +104,11 @@ struct GatheredQueries {
 #pragma unroll
     for (int i = 0; i < kQueriesPerLane<T, Tiles>; ++i) {
       const int q = query_of_lane(i, sizeof(T));
-      rows[i] =
-          q < count ? base + __ldg(permutation + q) * stride + kVector<T> * (lane() % 4) : nullptr;
+      rows[i] = nullptr;
+      if (q < count) {
+        const int64_t row = __ldg(permutation + q);
+        rows[i] = base + row * stride + kVector<T> * (lane() % 4);
+      }
     }
   }
   __device__ void begin_step(int) {}
