@@ -237,6 +237,8 @@ void invalid_ids_come_last_in_one_segment() {
       }
     }
   }
+  expect_the_same({0, -1, 5}, {0});  // no token is valid
+  expect_the_same(std::vector<int64_t>(2000, 0), {0});
   // By hand, against a mistake that host and test share.
   Outputs out(5);
   plan_on_device<int32_t>({1, -1, 0, 9, 1}, {0, 2, 5}, out);
