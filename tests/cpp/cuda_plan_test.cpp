@@ -237,6 +237,8 @@ void invalid_ids_come_last_in_one_segment() {
       }
     }
   }
+  expect_the_same({0, -1, 5}, {0});  // no token is valid
+  expect_the_same(std::vector<int64_t>(2000, 0), {0});
   // By hand, against a mistake that host and test share.
   Outputs out(5);
   plan_on_device<int32_t>({1, -1, 0, 9, 1}, {0, 2, 5}, out);
@@ -356,13 +358,23 @@ void bad_arguments_are_refused_before_a_launch() {
   EXPECT(has(refused([](auto&, auto&, Launch& launch) { launch.workspace = nullptr; }),
              " bytes for 2000 tokens, got 0"));
 
+  const std::string too_many =
+      "token_ids: expected 0 to 2147483647 tokens in a step, got 2147483648";
   PlanParams params;
   params.num_tokens = kMost + 1;
-  EXPECT_THROWS(Error, l3ext::cuda::plan_workspace(params));
-  EXPECT_THROWS(Error, l3ext::cuda::schedule_workspace(-1));
-  PlanView view;
-  view.num_tokens = kTokens;
+  EXPECT(EXPECT_THROWS(Error, l3ext::cuda::plan_workspace(params)) == too_many);
+  EXPECT(EXPECT_THROWS(Error, l3ext::cuda::schedule_workspace(kMost + 1)) == too_many);
+  params = {};
+  params.vocab_size = kMost + 1;
+  EXPECT(EXPECT_THROWS(Error, l3ext::cuda::plan_workspace(params)) ==
+         "offsets: expected 0 to 2147483647 tokens, got 2147483648");
+
   DeviceBuffer<int32_t> schedule(l3ext::cuda::schedule_entries(kTokens));
+  PlanView view;
+  view.num_tokens = kMost + 1;
+  EXPECT(EXPECT_THROWS(Error, l3ext::cuda::schedule(view, nullptr, schedule.data(), {})) ==
+         too_many);
+  view.num_tokens = kTokens;
   EXPECT(has(EXPECT_THROWS(Error, l3ext::cuda::schedule(view, nullptr, schedule.data(), {})),
              "workspace: expected at least "));
   EXPECT(has(EXPECT_THROWS(Error, l3ext::cuda::schedule(view, nullptr, schedule.data() + 1, {})),

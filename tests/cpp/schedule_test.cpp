@@ -156,7 +156,9 @@ void rows_and_queries_of_any_size_have_a_class() {
     EXPECT(segment_order_key((int64_t{2} << bit) - 1, 1) == kLastOrderKey - bit);
   }
   const int64_t most = std::numeric_limits<int32_t>::max();
-  EXPECT(segment_order_key(most, most) == kLastOrderKey - 64 - 61);
+  EXPECT(segment_order_key(1, 32) == kLastOrderKey - 64 - 5);
+  EXPECT(segment_order_key(1, 33) == kLastOrderKey - 2 * 64 - 5);
+  EXPECT(segment_order_key(most, most) == kLastOrderKey - 2 * 64 - 61);
   EXPECT(l3ext::cuda::segment_work(1, most, true).chunks[l3ext::cuda::kCopy] == (1 << 26));
   EXPECT(l3ext::cuda::segment_work(2, most, true).chunks[l3ext::cuda::kStream] == (1 << 28));
   EXPECT(l3ext::cuda::segment_work(2, most, false).chunks[l3ext::cuda::kDense] == (1 << 25));

@@ -101,7 +101,7 @@ void check_schedule(const int32_t* schedule) {
               "schedule: expected an array aligned to ", alignof(uint4), " bytes, got ", schedule);
 }
 
-bool is_wide(DType token_dtype) {
+bool is_int64(DType token_dtype) {
   return dispatch_integer(token_dtype, "token_ids",
                           [](auto tag) { return sizeof(typename decltype(tag)::type) == 8; });
 }
@@ -109,7 +109,7 @@ bool is_wide(DType token_dtype) {
 PlanArgs plan_args(const PlanParams& params, int32_t* schedule) {
   PlanArgs args = {};
   args.token_ids = params.token_ids;
-  args.wide_ids = is_wide(params.token_dtype);
+  args.int64_ids = is_int64(params.token_dtype);
   args.offsets = params.offsets;
   args.vocab_size = params.vocab_size;
   args.permutation = params.permutation;

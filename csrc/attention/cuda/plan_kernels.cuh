@@ -31,7 +31,7 @@ struct ScheduleArgs {
 
 struct PlanArgs {
   const void* token_ids;
-  bool wide_ids;           // int64, not int32
+  bool int64_ids;          // or int32
   const int64_t* offsets;  // [vocab_size + 1]
   int64_t vocab_size;
   int32_t* permutation;
@@ -51,8 +51,8 @@ struct PlanArgs {
 // ----------------------------------------------------------------------------------------- The
 // token of position i as a sort key. All invalid ids share one that no token has, the last.
 __device__ inline uint32_t token_key(const PlanArgs& a, int64_t i) {
-  const int64_t id = a.wide_ids ? static_cast<const int64_t*>(a.token_ids)[i]
-                                : static_cast<const int32_t*>(a.token_ids)[i];
+  const int64_t id = a.int64_ids ? static_cast<const int64_t*>(a.token_ids)[i]
+                                 : static_cast<const int32_t*>(a.token_ids)[i];
   return static_cast<uint32_t>(id >= 0 && id < a.vocab_size ? id : a.vocab_size);
 }
 
@@ -265,16 +265,16 @@ struct BlockArrays {
   uint32_t* keys;
   uint32_t* sorted_keys;
   int32_t* starts;
-  int32_t* order;
   SegmentWork* work;
   SegmentWork* sums_of_warps;   // [32]
   int32_t* starts_before_warp;  // [32]
   int32_t* num_segments;        // [1]
 };
 
-inline int64_t block_array_bytes(int threads) {
-  return threads * int64_t{4 * 4 + sizeof(SegmentWork)} + 32 * int64_t{sizeof(SegmentWork) + 4} + 4;
+constexpr int64_t block_array_bytes(int64_t threads) {
+  return threads * int64_t{3 * 4 + sizeof(SegmentWork)} + 32 * int64_t{sizeof(SegmentWork) + 4} + 4;
 }
+static_assert(block_array_bytes(kDecodeTokens) <= 48 * 1024, "more would have to be asked for");
 
 __device__ inline BlockArrays carve_block_arrays() {
   const int threads = static_cast<int>(blockDim.x);
@@ -282,8 +282,7 @@ __device__ inline BlockArrays carve_block_arrays() {
   arrays.keys = reinterpret_cast<uint32_t*>(dynamic_shared());
   arrays.sorted_keys = arrays.keys + threads;
   arrays.starts = reinterpret_cast<int32_t*>(arrays.sorted_keys + threads);
-  arrays.order = arrays.starts + threads;
-  arrays.work = reinterpret_cast<SegmentWork*>(arrays.order + threads);
+  arrays.work = reinterpret_cast<SegmentWork*>(arrays.starts + threads);
   arrays.sums_of_warps = arrays.work + threads;
   arrays.starts_before_warp = reinterpret_cast<int32_t*>(arrays.sums_of_warps + 32);
   arrays.num_segments = arrays.starts_before_warp + 32;
@@ -302,7 +301,7 @@ __device__ inline void schedule_in_block(const ScheduleArgs& a, const BlockArray
   a.order[stable_rank(a.keys)] = i;
   __syncthreads();
   const SegmentWork element = WorkInOrder{a.work, a.order}(i);
-  __syncthreads();  // the sums take the place of what has been read
+  __syncthreads();
   a.sums[i] = block_inclusive_scan(element, arrays.sums_of_warps);
   __syncthreads();
   write_schedule(a, i, num_segments);
@@ -310,9 +309,9 @@ __device__ inline void schedule_in_block(const ScheduleArgs& a, const BlockArray
 
 __device__ inline void use_block_arrays(ScheduleArgs& a, const BlockArrays& arrays) {
   a.keys = arrays.keys;
-  a.order = arrays.order;
+  a.order = reinterpret_cast<int32_t*>(arrays.sorted_keys);  // which the segments are made from
   a.work = arrays.work;
-  a.sums = arrays.work;
+  a.sums = arrays.work;  // as the order, in the place of what has been read
 }
 
 // One block of at least num_tokens threads, whole warps.

@@ -20,13 +20,16 @@ struct Launch {
 };
 
 // As l3ext::plan, and the schedule (schedule.hpp; [schedule_entries(num_tokens)], aligned to 16
-// bytes). An id outside [0, vocab_size) cannot throw here: such positions come last, in segments of
-// token -1 and rows -1..-1, of which segmented_attention makes NaN.
+// bytes). What only the data shows is not thrown: offsets are trusted, whatever check_offsets says;
+// the positions of ids outside [0, vocab_size) come last, in one segment of token -1 and rows
+// -1..-1, of which segmented_attention makes NaN. Throws kValue for sizes out of range, a
+// misaligned schedule or a workspace smaller than plan_workspace(), kType for ids of another type.
 void plan(const PlanParams& params, int32_t* schedule, const Launch& launch);
 int64_t plan_workspace(const PlanParams& params);
 
 // The schedule alone, of a plan that was made on the host and copied to the device. `plan` needs
-// segment_queries, segment_rows and num_tokens; num_segments [1] lies on the device.
+// segment_queries, segment_rows and num_tokens, and is trusted; num_segments [1] lies on the
+// device. Throws as plan() does.
 void schedule(const PlanView& plan, const int32_t* num_segments, int32_t* schedule,
               const Launch& launch);
 int64_t schedule_workspace(int64_t num_tokens);
