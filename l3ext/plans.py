@@ -173,7 +173,8 @@ def plan(
 def make_plan(token_ids: Tensor, offsets: Tensor, *, max_rows: int, check_offsets: bool) -> Plan:
     """:func:`plan` of what :func:`as_ids` and :func:`as_offsets` gave."""
     arrays = torch.ops.l3ext.plan(token_ids.reshape(-1), offsets, check_offsets)
-    return Plan(*arrays, max_rows)
+    fields = (*arrays, max_rows)
+    return Plan(*fields)
 
 
 def as_ids(token_ids: Any) -> Tensor:
@@ -250,8 +251,8 @@ def _plan_outputs(token_ids: Tensor, offsets: Tensor, check_offsets: bool) -> tu
 @kernel("plan")
 def _plan(token_ids: Tensor, offsets: Tensor, check_offsets: bool) -> tuple[Tensor, ...]:
     outputs = _plan_outputs(token_ids, offsets, check_offsets)
-    ids, offsets = token_ids.contiguous(), offsets.contiguous()
-    _C.plan(ids, offsets, check_offsets, *outputs, queue=queue(token_ids.device))
+    inputs = (token_ids.contiguous(), offsets.contiguous(), check_offsets)
+    _C.plan(*(*inputs, *outputs, queue(token_ids.device)))
     return outputs
 
 
