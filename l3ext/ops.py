@@ -307,24 +307,31 @@ def _backward_into(
     dkeys: Tensor | None,
     dvalues: Tensor | None,
 ) -> None:
-    scale, wants_dx, wants_rows, *packed = rest[_PLAN_LENGTH:]
+    scale, wants_dx, wants_rows = rest[_PLAN_LENGTH : _PLAN_LENGTH + 3]
+    starts, _ = _packing(rest)
     operands = (_queries(dy), _queries(x), keys.detach(), values.detach(), *_native_plan(rest))
     gradients = (dx if wants_dx else None, *((dkeys, dvalues) if wants_rows else (None, None)))
-    starts = packed[0] if packed else None
     _C.segmented_attention_backward(
         *operands, scale, torch.get_num_threads(), starts, *gradients, queue(x.device)
     )
 
 
+def _packing(rest: Sequence[Any]) -> tuple[Tensor | None, int]:
+    """segment_gradients and gradient_rows, of which torch drops what equals the default."""
+    given = rest[_PLAN_LENGTH + 3 :]
+    return given[0] if given else None, given[1] if len(given) > 1 else 0
+
+
 def _gradient_outputs(x: Tensor, tables: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
     """Gradients of ``x`` and the tables to be filled; of no size where not wanted."""
-    _, wants_dx, wants_rows, *packed = rest[_PLAN_LENGTH:]
+    wants_dx, wants_rows = rest[_PLAN_LENGTH + 1 : _PLAN_LENGTH + 3]
+    starts, packed_rows = _packing(rest)
 
     def rows_like(table: Tensor) -> Tensor:
         if not wants_rows:
             return table.new_empty(0)
-        starts, count = (*packed, None, 0)[:2]
-        return table.new_empty(table.shape[0] if starts is None else count, table.shape[1])
+        count = table.shape[0] if starts is None else packed_rows
+        return table.new_empty(count, table.shape[1])
 
     return [x.new_empty(x.shape if wants_dx else (0,)), *map(rows_like, tables)]
 
