@@ -53,13 +53,16 @@ class Plan:
             segment_rows: int64 [>= S, 2], first row and one past the last row of each segment.
             max_rows: the most rows of a segment; None: as many as before.
         """
+        schedule = self.schedule
+        if schedule.numel() > 0:  # other numbers of rows are other work
+            schedule = torch.ops.l3ext.schedule(
+                self.segment_queries, segment_rows, self.num_segments
+            )
         return dataclasses.replace(
             self,
             segment_rows=segment_rows,
             table_rows=torch.full_like(self.table_rows, -1),
-            schedule=torch.ops.l3ext.schedule(
-                self.segment_queries, segment_rows, self.num_segments
-            ),
+            schedule=schedule,
             max_rows=self.max_rows if max_rows is None else _count(max_rows, "max_rows"),
         )
 
@@ -109,7 +112,7 @@ class Plan:
 
         Raises:
             ValueError: an id outside the vocabulary, naming the first position that has one; or a
-                token that owns more than ``max_rows`` rows.
+                token that owns more than ``max_rows`` rows, which yields NaN as well.
         """
         segments = int(self.num_segments)
         outside = self.segment_tokens[:segments] < 0
@@ -209,10 +212,10 @@ def _most_rows(offsets: Tensor, device: torch.device) -> int:
     """The largest difference of ``offsets``; -1 in compiled code for the CPU, which needs none."""
     if offsets.shape[0] == 1:
         return 0
-    if torch.compiler.is_compiling() and device.type == "cpu":
+    compiling = torch.compiler.is_compiling()
+    if compiling and device.type == "cpu":
         return -1
-    capturing = offsets.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing:
+    if compiling or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
         raise RuntimeError(
             f"max_rows: expected an int on {device} in compiled code and inside a graph capture, "
             "where offsets cannot be read, got None"
