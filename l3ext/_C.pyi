@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,38 @@ def plan(
     segment_rows: Any,
     num_segments: Any,
     table_rows: Any,
+    schedule: Any,
+    queue: tuple[int, Callable[[int], Any]],
+) -> None: ...
+def schedule(
+    segment_queries: Any,
+    segment_rows: Any,
+    num_segments: Any,
+    schedule: Any,
+    queue: tuple[int, Callable[[int], Any]],
 ) -> None: ...
 def segmented_attention(
     x: Any,
     keys: Any,
     values: Any,
     plan: Sequence[Any],
+    max_rows: int,
     scale: float,
     num_threads: int,
     y: Any,
+    queue: tuple[int, Callable[[int], Any]],
+) -> None: ...
+def directory_attention(
+    x: Any,
+    directory: Any,
+    plan: Sequence[Any],
+    max_rows: int,
+    row_stride: int,
+    value_offset: int,
+    scale: float,
+    num_threads: int,
+    y: Any,
+    queue: tuple[int, Callable[[int], Any]],
 ) -> None: ...
 def segmented_attention_backward(
     dy: Any,
@@ -36,11 +59,14 @@ def segmented_attention_backward(
     keys: Any,
     values: Any,
     plan: Sequence[Any],
+    max_rows: int,
     scale: float,
     num_threads: int,
+    segment_gradients: Any | None,
     dx: Any | None,
     dkeys: Any | None,
     dvalues: Any | None,
+    queue: tuple[int, Callable[[int], Any]],
 ) -> None: ...
 
 class LZWCounter:

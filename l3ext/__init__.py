@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from l3ext.allocation import Allocation, LZWCounter, allocate
     from l3ext.nn import L3Layer
-    from l3ext.ops import Plan, plan, segmented_attention
+    from l3ext.ops import segmented_attention
+    from l3ext.plans import Plan, plan
     from l3ext.runtime import PrefetchRuntime, offload
     from l3ext.tables import LookupTable
 
@@ -36,8 +37,8 @@ _HOMES = {
     "LZWCounter": "l3ext.allocation",
     "allocate": "l3ext.allocation",
     "L3Layer": "l3ext.nn",
-    "Plan": "l3ext.ops",
-    "plan": "l3ext.ops",
+    "Plan": "l3ext.plans",
+    "plan": "l3ext.plans",
     "segmented_attention": "l3ext.ops",
     "PrefetchRuntime": "l3ext.runtime",
     "offload": "l3ext.runtime",

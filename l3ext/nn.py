@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from l3ext.allocation import Allocation
-from l3ext.ops import Plan, _as_ids, _plan, segmented_attention, table_attention
+from l3ext.ops import segmented_attention, table_attention
+from l3ext.plans import Plan, as_ids, make_plan
 
 _TABLE_GONE = (
     "this layer's table has been moved out of the model by l3ext.offload: pass rows=, "
@@ -37,6 +38,9 @@ class L3Layer(nn.Module):
         allocation: who owns how many rows; the vocabulary is its ``vocab_size``.
         tied: values are the keys, half the bytes; needs ``d_emb == d_model``.
         eps: of both norms.
+        sparse: the table's gradient is a sparse tensor of the rows that the step touched, as
+            :class:`torch.nn.Embedding` has it; for ``torch.optim.SparseAdam`` or ``SGD``. The
+            layer cannot be compiled then, and on CUDA its backward pass waits for the device.
         device, dtype: of the parameters.
 
     Attributes:
@@ -59,6 +63,7 @@ class L3Layer(nn.Module):
         tied: bool = False,
         eps: float = 1e-6,
         *,
+        sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -74,7 +79,9 @@ class L3Layer(nn.Module):
             )
         self.d_model, self.d_emb, self.d_up = d_model, d_emb, d_up
         self.tied = tied
+        self.sparse = sparse
         self.allocation = allocation
+        self.max_rows = allocation.max_rows
         factory: Any = {"device": device, "dtype": dtype}
         width = d_model if tied else d_model + d_emb
         self.norm_in = nn.RMSNorm(d_model, eps=eps, **factory)
@@ -103,7 +110,8 @@ class L3Layer(nn.Module):
 
     def plan(self, token_ids: Tensor) -> Plan:
         """The plan of these token ids, for all layers with this allocation."""
-        return _plan(_as_ids(token_ids), self.offsets, check_offsets=False)
+        ids = as_ids(token_ids)
+        return make_plan(ids, self.offsets, max_rows=self.max_rows, check_offsets=False)
 
     def release_table(self) -> Tensor:
         """Take the table [v, width] out of the module, which from then on needs ``rows=``."""
@@ -160,12 +168,13 @@ class L3Layer(nn.Module):
         if self.table is None:
             raise RuntimeError(_TABLE_GONE)
         assert plan is not None
-        return table_attention(q.to(self.table.dtype), self.table, plan, tied=self.tied)
+        q = q.to(self.table.dtype)
+        return table_attention(q, self.table, plan, tied=self.tied, sparse=self.sparse)
 
     def extra_repr(self) -> str:
         """Sizes, as ``repr`` of the module shows them."""
         return (
             f"d_model={self.d_model}, d_emb={self.d_emb}, d_up={self.d_up}, tied={self.tied}, "
             f"vocab={self.allocation.vocab_size}, rows={self.allocation.total_rows}, "
-            f"max_rows={self.allocation.max_rows}"
+            f"max_rows={self.max_rows}" + (", sparse=True" if self.sparse else "")
         )

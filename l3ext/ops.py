@@ -1,189 +1,88 @@
-"""The torch operators: the plan of a step and segmented attention.
+"""Segmented attention as torch operators.
 
-Every operator is declared here with ``torch.library``: a CPU kernel that calls the native core, a
-fake for tracing, and the derivative. Outputs are allocated here; the native side only fills them.
+Every operator is declared here with ``torch.library``: one kernel for the CPU and CUDA that calls
+the native core, a fake for tracing, and the derivative. Outputs are allocated here; the native side
+only fills them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from l3ext import _C
+from l3ext._operators import check_device, kernel, library, queue
+from l3ext.plans import Plan
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_library = torch.library.Library("l3ext", "DEF")
 
-_PLAN_ARGS = (
-    "Tensor permutation, Tensor segment_queries, Tensor segment_rows, "
-    "Tensor num_segments, Tensor table_rows"
+# The fields of a Plan, in their order.
+_PLAN = (
+    "Tensor permutation, Tensor segment_tokens, Tensor segment_queries, Tensor segment_rows, "
+    "Tensor num_segments, Tensor table_rows, Tensor schedule, SymInt max_rows"
 )
-_library.define(
-    "plan(Tensor token_ids, Tensor offsets, bool check_offsets) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_PLAN_LENGTH = 8
+# What a backward operator gets after the plan; segment_gradients: where each segment's gradient
+# rows begin in an array of gradient_rows rows, if not where its rows lie in the table.
+_BACKWARD = (
+    "float scale, bool wants_dx, bool wants_rows, Tensor? segment_gradients=None, "
+    "SymInt gradient_rows=0"
 )
-_library.define(
-    f"segmented_attention(Tensor x, Tensor keys, Tensor values, {_PLAN_ARGS}, float scale)"
-    " -> Tensor"
+library.define(
+    f"segmented_attention(Tensor x, Tensor keys, Tensor values, {_PLAN}, float scale, "
+    "bool sparse=False) -> Tensor"
 )
-_library.define(
-    "segmented_attention_backward(Tensor dy, Tensor x, Tensor keys, Tensor values, "
-    f"{_PLAN_ARGS}, float scale, bool wants_dx, bool wants_rows) -> (Tensor, Tensor, Tensor)"
+library.define(
+    f"segmented_attention_backward(Tensor dy, Tensor x, Tensor keys, Tensor values, {_PLAN}, "
+    f"{_BACKWARD}) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
-    f"table_attention(Tensor x, Tensor table, int d_in, bool tied, {_PLAN_ARGS}, float scale)"
-    " -> Tensor"
+library.define(
+    f"table_attention(Tensor x, Tensor table, int d_in, bool tied, {_PLAN}, float scale, "
+    "bool sparse=False) -> Tensor"
 )
-_library.define(
+library.define(
     "table_attention_backward(Tensor dy, Tensor x, Tensor table, int d_in, bool tied, "
-    f"{_PLAN_ARGS}, float scale, bool wants_dx, bool wants_rows) -> (Tensor, Tensor)"
+    f"{_PLAN}, {_BACKWARD}) -> (Tensor, Tensor)"
+)
+library.define(
+    f"directory_attention(Tensor x, Tensor directory, {_PLAN}, SymInt d_emb, SymInt row_stride, "
+    "SymInt value_offset, float scale) -> Tensor"
 )
 
 
-# --- plan -----------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The positions of one step, sorted by token id and cut into segments of equal ids.
-
-    Depends on the token ids alone: one plan serves every layer of the step and both directions.
-    Its arrays have a fixed size, N positions, whatever the number S of segments; entries past S
-    are padding (no queries, no rows, token -1).
-    """
-
-    permutation: Tensor  #: int32 [N], sorted position -> original flat position; stable
-    segment_tokens: Tensor  #: int32 [N], the token id of each segment, ascending
-    segment_queries: Tensor  #: int32 [N+1], first sorted position of each segment
-    segment_rows: Tensor  #: int64 [N, 2], first row and one past the last row of each segment
-    num_segments: Tensor  #: int32 [1], S
-    table_rows: Tensor  #: int64 [1], rows that the table must have; -1: any
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the number of positions."""
-        return self.permutation.shape[0]
-
-    def with_rows(self, segment_rows: Tensor) -> Plan:
-        """The same plan over a table that holds the segments' rows elsewhere.
-
-        Args:
-            segment_rows: int64 [>= S, 2], first row and one past the last row of each segment.
-        """
-        anywhere = torch.full_like(self.table_rows, -1)
-        return dataclasses.replace(self, segment_rows=segment_rows, table_rows=anywhere)
-
-    def _arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return (
-            self.permutation,
-            self.segment_queries,
-            self.segment_rows,
-            self.num_segments,
-            self.table_rows,
-        )
-
-
-def plan(token_ids: Tensor | np.ndarray | Sequence[int], offsets: Tensor | np.ndarray) -> Plan:
-    """Sort the positions of a step by token id.
-
-    Args:
-        token_ids: integer array of any shape with N elements, on the device that will compute.
-        offsets: int64 [V+1]; token ``t`` owns rows ``offsets[t]`` to ``offsets[t+1]`` of a table
-            with ``offsets[V]`` rows.
-
-    Returns:
-        The plan for the N positions in flat (row-major) order.
-
-    Raises:
-        ValueError: an id outside [0, V) (says which position), or offsets that do not start at 0
-            or that fall.
-        TypeError: ids that are no integers, offsets that are not int64.
-        RuntimeError: a device that this build has no kernels for.
-    """
-    return _plan(_as_ids(token_ids), _as_offsets(offsets), check_offsets=True)
-
-
-def _plan(token_ids: Tensor, offsets: Tensor, *, check_offsets: bool) -> Plan:
-    return Plan(*torch.ops.l3ext.plan(token_ids.reshape(-1), offsets, check_offsets))
-
-
-def _as_ids(token_ids: Any) -> Tensor:
-    ids = torch.as_tensor(token_ids)
-    if ids.numel() == 0 and not isinstance(token_ids, (Tensor, np.ndarray)):
-        ids = ids.to(torch.int64)  # an empty list has no dtype of its own
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"token_ids: expected an integer dtype, got {ids.dtype}")
-    _check_device(ids, "token_ids")
-    return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int64)
-
-
-def _as_offsets(offsets: Any) -> Tensor:
-    tensor = offsets if isinstance(offsets, Tensor) else _borrow(offsets)
-    if tensor.dtype != torch.int64:
-        raise TypeError(f"offsets: expected int64, got {tensor.dtype}")
-    if tensor.ndim != 1 or tensor.shape[0] < 1:
-        raise ValueError(f"offsets: expected shape [V+1], got {list(tensor.shape)}")
-    return tensor
-
-
-def _borrow(array: Any) -> Tensor:
-    with warnings.catch_warnings():
-        # An allocation's arrays are read-only, of which torch warns; the plan only reads them.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.as_tensor(array)
-
-
-def _check_device(tensor: Tensor, argument: str) -> None:
-    if tensor.device.type not in ("cpu", "meta"):
-        raise RuntimeError(
-            f"{argument}: expected a tensor on cpu, got one on {tensor.device}: "
-            "this build has no kernels for that device"
-        )
-
-
-@torch.library.impl(_library, "plan", "CPU")
-def _plan_cpu(token_ids: Tensor, offsets: Tensor, check_offsets: bool) -> tuple[Tensor, ...]:
-    outputs = _plan_outputs(token_ids, offsets, check_offsets)
-    _C.plan(token_ids.contiguous(), offsets.contiguous(), check_offsets, *outputs)
-    return outputs
-
-
-@torch.library.register_fake("l3ext::plan", lib=_library)
-def _plan_outputs(token_ids: Tensor, offsets: Tensor, check_offsets: bool) -> tuple[Tensor, ...]:
-    count = token_ids.shape[0]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=token_ids.device)
-
-    return (
-        empty(count),
-        empty(count),
-        empty(count + 1),
-        empty(count, 2, dtype=torch.int64),
-        empty(1),
-        empty(1, dtype=torch.int64),
-    )
-
-
-# --- segmented attention --------------------------------------------------------------------------
+# --- functions ------------------------------------------------------------------------------------
 def segmented_attention(
-    x: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float = 1.0
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: Plan,
+    scale: float = 1.0,
+    *,
+    sparse: bool = False,
 ) -> Tensor:
     """Attention of every position to the rows of its own token.
 
     For position i with token t: ``softmax(scale * keys[rows of t] @ x[i]) @ values[rows of t]``.
 
+    On CUDA: float32, bfloat16 and float16; d_in and d_emb multiples of 64 up to 8192; rows of keys
+    and values aligned to 16 bytes; at most 4096 rows a token. Work is enqueued on the current
+    stream, without a wait, and can be captured in a graph. What the CPU finds in the data and
+    reports, it cannot: see :meth:`l3ext.Plan.check`.
+
     Args:
-        x: [N, d_in] queries; float64, float32, bfloat16 or float16.
+        x: [N, d_in] queries; float64 (CPU), float32, bfloat16 or float16.
         keys: [v, d_in], dtype of ``x``. Rows may be strided: keys and values may be two views of
             one table. ``values is keys``: a tied table.
         values: [v, d_emb], dtype of ``x``.
-        plan: of the N token ids, from :func:`plan`.
+        plan: of the N token ids, from :func:`l3ext.plan`.
         scale: factor of the logits.
+        sparse: the gradients of keys and values are sparse tensors of the rows that the step's
+            tokens own, as :class:`torch.nn.Embedding` names it. Neither may be a view of a table
+            then (see :func:`table_attention`), nor the code be compiled; on CUDA the backward
+            pass waits once for the number of rows.
 
     Returns:
         [N, d_emb], dtype of ``x``. Sums are float32 (float64 for float64 inputs); the same bits on
@@ -191,7 +90,7 @@ def segmented_attention(
 
     Raises:
         ValueError: shapes that do not fit each other or the plan.
-        TypeError: unequal or unsupported dtypes.
+        TypeError: unequal or unsupported dtypes, a plan on another device.
         RuntimeError: a device that this build has no kernels for.
     """
     _check_matrix(x, "x")
@@ -207,12 +106,21 @@ def segmented_attention(
         )
     _check_plan(x, plan)
     if values is keys:
-        return table_attention(x, keys, plan, tied=True, scale=scale)
-    return torch.ops.l3ext.segmented_attention(x, keys, values, *plan._arrays(), float(scale))
+        return table_attention(x, keys, plan, tied=True, scale=scale, sparse=sparse)
+    _check_sparse(sparse)
+    return torch.ops.l3ext.segmented_attention(
+        x, keys, values, *plan._arrays(), float(scale), sparse
+    )
 
 
 def table_attention(
-    x: Tensor, table: Tensor, plan: Plan, *, tied: bool, scale: float = 1.0
+    x: Tensor,
+    table: Tensor,
+    plan: Plan,
+    *,
+    tied: bool,
+    scale: float = 1.0,
+    sparse: bool = False,
 ) -> Tensor:
     """:func:`segmented_attention` over one row-interleaved table, with one gradient for it.
 
@@ -222,6 +130,8 @@ def table_attention(
         plan: of the N token ids.
         tied: keys and values are the same rows.
         scale: factor of the logits.
+        sparse: the table's gradient is a sparse tensor, coalesced: ascending rows, [R, width]
+            values.
 
     Returns:
         [N, d_emb], dtype of ``x``.
@@ -233,7 +143,59 @@ def table_attention(
         wanted = f"{d_in}" if tied else f"more than {d_in}"
         raise ValueError(f"table: expected {wanted} columns, got {table.shape[1]}")
     _check_plan(x, plan)
-    return torch.ops.l3ext.table_attention(x, table, d_in, tied, *plan._arrays(), float(scale))
+    _check_sparse(sparse)
+    return torch.ops.l3ext.table_attention(
+        x, table, d_in, tied, *plan._arrays(), float(scale), sparse
+    )
+
+
+def directory_attention(
+    x: Tensor,
+    directory: Tensor,
+    plan: Plan,
+    *,
+    d_emb: int,
+    row_stride: int,
+    value_offset: int,
+    scale: float = 1.0,
+) -> Tensor:
+    """:func:`segmented_attention` over rows that lie anywhere: tables, caches, ring buffers.
+
+    Addresses are trusted: behind each that the step uses there must be as many rows as the plan
+    gives its token, in ``x``'s dtype and in memory that ``x``'s device reads, until the work is
+    done. A wrong one reads foreign memory or ends the process.
+
+    Args:
+        x: [N, d_in]; no gradient reaches it.
+        directory: int64 [V], the address of each token's first row; 0: it has none.
+        plan: of the N token ids; of its rows only their number counts.
+        d_emb: width of the values.
+        row_stride: elements from one row of a token to its next.
+        value_offset: elements from the start of a row's key to its value; 0: tied.
+        scale: factor of the logits.
+
+    Returns:
+        [N, d_emb], dtype of ``x``; the same bits as over a table with these rows.
+
+    Raises:
+        ValueError: a token of the step whose address is 0, naming it (on CUDA: NaN instead);
+            shapes that do not fit.
+        TypeError: a directory that is not int64 or lies elsewhere than ``x``.
+    """
+    _check_matrix(x, "x")
+    if not isinstance(directory, Tensor):
+        raise TypeError(f"directory: expected a torch.Tensor, got {type(directory).__name__}")
+    for value, least, name in (
+        (d_emb, 1, "d_emb"),
+        (row_stride, 1, "row_stride"),
+        (value_offset, 0, "value_offset"),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected {least} or more, got {value}")
+    _check_plan(x, plan)
+    return torch.ops.l3ext.directory_attention(
+        x, directory, *plan._arrays(), d_emb, row_stride, value_offset, float(scale)
+    )
 
 
 def _check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> None:
@@ -249,7 +211,12 @@ def _check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> 
         raise TypeError(f"{argument}: expected {like.dtype}, the dtype of x, got {tensor.dtype}")
     if like is not None and tensor.device != like.device:
         raise RuntimeError(f"{argument}: expected device {like.device}, got {tensor.device}")
-    _check_device(tensor, argument)
+    check_device(tensor.device, argument)
+    if tensor.dtype == torch.float64 and tensor.is_cuda:
+        raise TypeError(
+            f"{argument}: expected float32, bfloat16 or float16 on {tensor.device}, got "
+            "torch.float64, which only the CPU computes"
+        )
 
 
 def _check_plan(x: Tensor, plan: Plan) -> None:
@@ -261,145 +228,235 @@ def _check_plan(x: Tensor, plan: Plan) -> None:
         )
 
 
-def _rows(matrix: Tensor) -> Tensor:
-    """Rows of adjacent elements; only a last dimension with gaps costs a copy."""
+def _check_sparse(sparse: bool) -> None:
+    if sparse and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "sparse: expected False in compiled code, where the number of gradient rows is not "
+            "known, got True"
+        )
+
+
+# --- forward --------------------------------------------------------------------------------------
+def _queries(matrix: Tensor) -> Tensor:
+    """x or dy as the kernels read it: a layout that they do not take costs a copy."""
     matrix = matrix.detach()
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+    if matrix.stride(1) != 1 and matrix.shape[1] > 1:
+        return matrix.contiguous()
+    # On CUDA rows are loaded 16 bytes at a time.
+    if matrix.is_cuda and (matrix.data_ptr() | matrix.stride(0) * matrix.element_size()) % 16:
+        return matrix.clone(memory_format=torch.contiguous_format)
+    return matrix
 
 
 def _split(table: Tensor, d_in: int, tied: bool) -> tuple[Tensor, Tensor]:
     return (table, table) if tied else (table[:, :d_in], table[:, d_in:])
 
 
-@torch.library.impl(_library, "segmented_attention", "CPU")
-def _forward_cpu(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    *plan, scale = rest
+def _native_plan(arguments: Sequence[Any]) -> tuple[Sequence[Tensor], int]:
+    """Arrays and max_rows of a plan's arguments, as the native functions take them."""
+    *arrays, max_rows = arguments[:_PLAN_LENGTH]
+    return arrays, max_rows
+
+
+@kernel("segmented_attention")
+def _forward(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    scale = rest[_PLAN_LENGTH]
     y = x.new_empty(x.shape[0], values.shape[1])
-    threads = torch.get_num_threads()
-    _C.segmented_attention(_rows(x), _rows(keys), _rows(values), plan, scale, threads, y)
+    operands = (_queries(x), keys.detach(), values.detach(), *_native_plan(rest))
+    _C.segmented_attention(*operands, scale, torch.get_num_threads(), y, queue(x.device))
     return y
 
 
-@torch.library.register_fake("l3ext::segmented_attention", lib=_library)
+@torch.library.register_fake("l3ext::segmented_attention", lib=library)
 def _forward_fake(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], values.shape[1])
 
 
-@torch.library.impl(_library, "table_attention", "CPU")
-def _table_forward_cpu(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any) -> Tensor:
-    return _forward_cpu(x, *_split(_rows(table), d_in, tied), *rest)
+@kernel("table_attention")
+def _table_forward(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any) -> Tensor:
+    return _forward(x, *_split(table.detach(), d_in, tied), *rest)
 
 
-@torch.library.register_fake("l3ext::table_attention", lib=_library)
+@torch.library.register_fake("l3ext::table_attention", lib=library)
 def _table_forward_fake(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], d_in if tied else table.shape[1] - d_in)
 
 
-def _backward_cpu_into(
+@kernel("directory_attention")
+def _directory_forward(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
+    d_emb, row_stride, value_offset, scale = rest[_PLAN_LENGTH:]
+    y = x.new_empty(x.shape[0], d_emb)
+    operands = (_queries(x), directory, *_native_plan(rest), row_stride, value_offset, scale)
+    _C.directory_attention(*operands, torch.get_num_threads(), y, queue(x.device))
+    return y
+
+
+@torch.library.register_fake("l3ext::directory_attention", lib=library)
+def _directory_fake(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], rest[_PLAN_LENGTH])
+
+
+# --- backward -------------------------------------------------------------------------------------
+def _backward_into(
     dy: Tensor,
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    plan: Sequence[Tensor],
-    scale: float,
-    dx: Tensor | None,
+    rest: Sequence[Any],
+    dx: Tensor,
     dkeys: Tensor | None,
     dvalues: Tensor | None,
 ) -> None:
-    inputs = (_rows(dy), _rows(x), _rows(keys), _rows(values))
-    threads = torch.get_num_threads()
-    _C.segmented_attention_backward(*inputs, plan, scale, threads, dx, dkeys, dvalues)
-
-
-@torch.library.impl(_library, "segmented_attention_backward", "CPU")
-def _backward_cpu(
-    dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *arrays, scale, wants_dx, wants_rows = rest
-    dx, dkeys, dvalues = _backward_outputs(dy, x, keys, values, *rest)
-    rows = (dkeys, dvalues) if wants_rows else (None, None)
-    _backward_cpu_into(dy, x, keys, values, arrays, scale, dx if wants_dx else None, *rows)
-    return dx, dkeys, dvalues
-
-
-@torch.library.register_fake("l3ext::segmented_attention_backward", lib=_library)
-def _backward_outputs(
-    dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, wants_dx, wants_rows = rest
-    return (
-        x.new_empty(x.shape if wants_dx else (0,)),
-        keys.new_empty(keys.shape if wants_rows else (0,)),
-        values.new_empty(values.shape if wants_rows else (0,)),
+    scale, wants_dx, wants_rows = rest[_PLAN_LENGTH : _PLAN_LENGTH + 3]
+    starts, _ = _packing(rest)
+    operands = (_queries(dy), _queries(x), keys.detach(), values.detach(), *_native_plan(rest))
+    gradients = (dx if wants_dx else None, *((dkeys, dvalues) if wants_rows else (None, None)))
+    _C.segmented_attention_backward(
+        *operands, scale, torch.get_num_threads(), starts, *gradients, queue(x.device)
     )
 
 
-@torch.library.impl(_library, "table_attention_backward", "CPU")
-def _table_backward_cpu(
+def _packing(rest: Sequence[Any]) -> tuple[Tensor | None, int]:
+    """segment_gradients and gradient_rows, of which torch drops what equals the default."""
+    given = rest[_PLAN_LENGTH + 3 :]
+    return given[0] if given else None, given[1] if len(given) > 1 else 0
+
+
+def _gradient_outputs(x: Tensor, tables: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
+    """Gradients of ``x`` and the tables to be filled; of no size where not wanted."""
+    wants_dx, wants_rows = rest[_PLAN_LENGTH + 1 : _PLAN_LENGTH + 3]
+    starts, packed_rows = _packing(rest)
+
+    def rows_like(table: Tensor) -> Tensor:
+        if not wants_rows:
+            return table.new_empty(0)
+        count = table.shape[0] if starts is None else packed_rows
+        return table.new_empty(count, table.shape[1])
+
+    return [x.new_empty(x.shape if wants_dx else (0,)), *map(rows_like, tables)]
+
+
+@kernel("segmented_attention_backward")
+def _backward(
+    dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    outputs = _gradient_outputs(x, (keys, values), rest)
+    _backward_into(dy, x, keys, values, rest, *outputs)
+    return tuple(outputs)
+
+
+@torch.library.register_fake("l3ext::segmented_attention_backward", lib=library)
+def _backward_fake(
+    dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(_gradient_outputs(x, (keys, values), rest))
+
+
+@kernel("table_attention_backward")
+def _table_backward(
     dy: Tensor, x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    *arrays, scale, wants_dx, wants_rows = rest
-    dx, dtable = _table_backward_outputs(dy, x, table, d_in, tied, *rest)
-    rows: tuple[Tensor | None, Tensor | None] = (None, None)
-    if wants_rows:
-        rows = (dtable, None) if tied else _split(dtable, d_in, tied)
-    _backward_cpu_into(
-        dy, x, *_split(table, d_in, tied), arrays, scale, dx if wants_dx else None, *rows
-    )
+) -> tuple[Tensor, ...]:
+    dx, dtable = _gradient_outputs(x, (table,), rest)
+    rows: tuple[Tensor | None, Tensor | None] = (dtable, None)
+    if not tied and dtable.ndim == 2:
+        rows = _split(dtable, d_in, tied)
+    _backward_into(dy, x, *_split(table.detach(), d_in, tied), rest, dx, *rows)
     return dx, dtable
 
 
-@torch.library.register_fake("l3ext::table_attention_backward", lib=_library)
-def _table_backward_outputs(
+@torch.library.register_fake("l3ext::table_attention_backward", lib=library)
+def _table_backward_fake(
     dy: Tensor, x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    *_, wants_dx, wants_rows = rest
-    return (
-        x.new_empty(x.shape if wants_dx else (0,)),
-        table.new_empty(table.shape if wants_rows else (0,)),
-    )
+) -> tuple[Tensor, ...]:
+    return tuple(_gradient_outputs(x, (table,), rest))
 
 
 # --- derivatives ----------------------------------------------------------------------------------
+class _TouchedRows(NamedTuple):
+    """The rows that a step's tokens own, packed in the order of the segments."""
+
+    rows: Tensor  #: int64 [R], which rows of the table, ascending
+    starts: Tensor  #: int64 [>= S], where each segment's rows begin among them
+
+    def gradient(self, table: Tensor, values: Tensor) -> Tensor:
+        """The sparse gradient of ``table`` with these rows' values [R, width]."""
+        return torch.sparse_coo_tensor(
+            self.rows[None], values, table.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+def _touched_rows(segment_rows: Tensor, num_segments: Tensor) -> _TouchedRows:
+    """Count them, for which a device is waited for."""
+    segments = torch.arange(segment_rows.shape[0], device=segment_rows.device)
+    counts = torch.diff(segment_rows, dim=1).flatten().where(segments < num_segments, 0)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    total = int(ends[-1]) if ends.numel() > 0 else 0
+    # Row r of the packed ones is row r + (first row - start) of the table.
+    shift = torch.repeat_interleave(segment_rows[:, 0] - starts, counts, output_size=total)
+    return _TouchedRows(torch.arange(total, device=shift.device) + shift, starts)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, keys, values, *arrays, ctx.scale = inputs
+    x, keys, values, *rest = inputs
+    arrays, ctx.max_rows = _native_plan(rest)
+    ctx.scale, ctx.sparse = rest[_PLAN_LENGTH:]
     ctx.save_for_backward(x, keys, values, *arrays)
 
 
 def _derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs_x, needs_keys, needs_values = ctx.needs_input_grad[:3]
     needs_rows = needs_keys or needs_values
+    x, keys, values, *arrays = ctx.saved_tensors
+    wanted = (ctx.scale, needs_x, needs_rows)
+    touched = _touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_rows else None
+    packed = () if touched is None else (touched.starts, touched.rows.shape[0])
     dx, dkeys, dvalues = torch.ops.l3ext.segmented_attention_backward(
-        dy, *ctx.saved_tensors, ctx.scale, needs_x, needs_rows
+        dy, x, keys, values, *arrays, ctx.max_rows, *wanted, *packed
     )
+    if touched is not None:
+        dkeys, dvalues = touched.gradient(keys, dkeys), touched.gradient(values, dvalues)
     return (
         dx if needs_x else None,
         dkeys if needs_keys else None,
         dvalues if needs_values else None,
-        *(None,) * 6,
+        *(None,) * (_PLAN_LENGTH + 2),
     )
 
 
 def _table_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, table, ctx.d_in, ctx.tied, *arrays, ctx.scale = inputs
+    x, table, ctx.d_in, ctx.tied, *rest = inputs
+    arrays, ctx.max_rows = _native_plan(rest)
+    ctx.scale, ctx.sparse = rest[_PLAN_LENGTH:]
     ctx.save_for_backward(x, table, *arrays)
 
 
 def _table_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs_x, needs_table = ctx.needs_input_grad[:2]
     x, table, *arrays = ctx.saved_tensors
+    wanted = (ctx.scale, needs_x, needs_table)
+    touched = _touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_table else None
+    packed = () if touched is None else (touched.starts, touched.rows.shape[0])
     dx, dtable = torch.ops.l3ext.table_attention_backward(
-        dy, x, table, ctx.d_in, ctx.tied, *arrays, ctx.scale, needs_x, needs_table
+        dy, x, table, ctx.d_in, ctx.tied, *arrays, ctx.max_rows, *wanted, *packed
     )
-    return (dx if needs_x else None, dtable if needs_table else None, *(None,) * 8)
+    if touched is not None:
+        dtable = touched.gradient(table, dtable)
+    return (
+        dx if needs_x else None,
+        dtable if needs_table else None,
+        *(None,) * (_PLAN_LENGTH + 4),
+    )
+
+
+def _no_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError("directory_attention: rows behind addresses have no gradient, nor has x")
 
 
 torch.library.register_autograd(
-    "l3ext::segmented_attention", _derivative, setup_context=_setup_context, lib=_library
+    "l3ext::segmented_attention", _derivative, setup_context=_setup_context, lib=library
 )
 torch.library.register_autograd(
-    "l3ext::table_attention",
-    _table_derivative,
-    setup_context=_table_setup_context,
-    lib=_library,
+    "l3ext::table_attention", _table_derivative, setup_context=_table_setup_context, lib=library
 )
+torch.library.register_autograd("l3ext::directory_attention", _no_derivative, lib=library)

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext.nn import L3Layer
-from l3ext.ops import Plan, _as_ids, _as_offsets, _plan
+from l3ext.plans import Plan, as_ids, as_offsets, make_plan
 from l3ext.tables import LookupTable, check_same_tables, save_tables
 
 _DIRECT_IO = {"auto": _C.DirectIo.AUTO, True: _C.DirectIo.ON, False: _C.DirectIo.OFF}
@@ -130,7 +131,9 @@ class Step:
     """The rows of one step, on their way. Ends with its ``with`` block, or when dropped."""
 
     def __init__(self, runtime: PrefetchRuntime, token_ids: Any) -> None:
-        self._plan = _plan(_as_ids(token_ids), runtime._offsets, check_offsets=False)
+        self._plan = make_plan(
+            as_ids(token_ids), runtime._offsets, max_rows=runtime._max_rows, check_offsets=False
+        )
         self._num_segments = int(self._plan.num_segments)
         self._native = runtime._native.begin(self._plan.segment_tokens[: self._num_segments])
         self._layers = runtime._layers
@@ -248,7 +251,8 @@ class PrefetchRuntime:
             poison=poison,
         )
         # The plan needs offsets only to check ids and to order segments: any layer's will do.
-        self._offsets = _as_offsets(natives[0].offsets)
+        self._offsets = as_offsets(natives[0].offsets)
+        self._max_rows = max(int(np.diff(table.offsets).max(initial=0)) for table in natives)
         self._layers = [
             _LayerViews(table, self._native.arena(i)) for i, table in enumerate(natives)
         ]

@@ -57,3 +57,70 @@ def untouched_zeros(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     no_reserve = 0x4000  # MAP_NORESERVE: no promise of memory that a small machine would refuse
     memory = mmap.mmap(-1, rows * width * dtype.itemsize, flags=mmap.MAP_PRIVATE | no_reserve)
     return torch.frombuffer(memory, dtype=dtype).view(rows, width)
+
+
+def attention_by_token(x, keys, values, token_ids, offsets, dy, scale=1.0, operands=None):
+    """Outputs and gradients from the definition, one token after the other, where the inputs lie.
+
+    Args:
+        operands: None: float64 throughout. A dtype: as a matrix unit does it at best, products of
+            operands in that dtype summed in float32, and the results rounded to it.
+
+    Returns:
+        y [N, d_emb], dx [N, d_in], the rows that the step touches [R], ascending, and their
+        gradients dkeys [R, d_in], dvalues [R, d_emb]; zero is the gradient of all others.
+    """
+    sums = torch.float64 if operands is None else torch.float32
+
+    def operand(tensor):
+        return tensor.to(sums) if operands is None else tensor.to(operands).to(sums)
+
+    order = torch.argsort(token_ids, stable=True)
+    tokens, counts = torch.unique_consecutive(token_ids[order], return_counts=True)
+    y = torch.zeros(len(x), values.shape[1], dtype=sums, device=x.device)
+    dx = torch.zeros(x.shape, dtype=sums, device=x.device)
+    rows, dkeys, dvalues = [], [], []
+    begins, ends = offsets[tokens].tolist(), offsets[tokens + 1].tolist()
+    for positions, begin, end in zip(order.split(counts.tolist()), begins, ends, strict=True):
+        q, upstream = operand(x[positions]), operand(dy[positions])
+        k, v = operand(keys[begin:end]), operand(values[begin:end])
+        p = torch.softmax(scale * (q @ k.T), dim=-1)
+        y[positions] = operand(p) @ v
+        dp = upstream @ v.T
+        ds = operand(scale * p * (dp - (p * dp).sum(-1, keepdim=True)))
+        dx[positions] = ds @ k
+        rows.append(torch.arange(begin, end, device=x.device))
+        dkeys.append(ds.T @ q)
+        dvalues.append(operand(p).T @ upstream)
+    touched = torch.cat([torch.empty(0, dtype=torch.int64, device=x.device), *rows])
+    dk = torch.cat([x.new_empty(0, x.shape[1], dtype=sums), *dkeys])
+    dv = torch.cat([x.new_empty(0, values.shape[1], dtype=sums), *dvalues])
+    if operands is not None:
+        y, dx, dk, dv = (tensor.to(operands) for tensor in (y, dx, dk, dv))
+    return y, dx, touched, dk, dv
+
+
+def assert_accepted(actual, exact, attainable, what):
+    """At most twice the error that the same arithmetic makes in torch, and the same direction.
+
+    Args:
+        actual: the result.
+        exact: in float64.
+        attainable: what torch makes of the same inputs, see :func:`attention_by_token`.
+        what: named in a failure.
+    """
+    assert actual.shape == exact.shape, f"{what}: {actual.shape} against {exact.shape}"
+    if actual.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    error = (actual.double() - exact).abs().max().item()
+    theirs = (attainable.double() - exact).abs().max().item()
+    # Where torch happens to make next to none, what rounding the result alone may make.
+    budget = max(2 * theirs, TOLERANCE[actual.dtype] * exact.abs().max().item())
+    assert error <= budget, (
+        f"{what}: error {error:.3e} is {error / max(budget, 1e-300):.1f} budgets"
+    )
+    norm = exact.norm().item()
+    if norm > 0 and error > 0:
+        cosine = (actual.double() * exact).sum().item() / (actual.double().norm().item() * norm)
+        assert cosine >= 1 - 1e-4, f"{what}: cosine {cosine:.6f}"

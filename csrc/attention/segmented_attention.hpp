@@ -37,9 +37,11 @@ struct SegmentedAttentionInputs {
   Rows x;                         // [num_tokens, d_in]
   Rows keys;                      // [table_rows, d_in]
   Rows values;                    // [table_rows, d_emb]
-  // [vocab_size], or null: the address of each token's first row, wherever it lies. Then keys.data
+  // [vocab_size], or null: the address of each token's first row, wherever it lies; forward only.
+  // Then keys.data
   // and values.data are null, the strides hold, and values start value_offset elements behind keys.
   const int64_t* directory = nullptr;
+  int64_t vocab_size = 0;  // of the directory
   int64_t value_offset = 0;
   PlanView plan;
   int64_t table_rows = 0;
@@ -61,8 +63,10 @@ struct SegmentedAttentionBackwardParams : SegmentedAttentionInputs {
   MutableRows dkeys;    // [table_rows, d_in]; null data: no row gradients. Every row is written
   MutableRows dvalues;  // [table_rows, d_emb]; null data with dkeys set: tied, the sum into dkeys
   // [>= num_segments], or null: where each segment's gradient rows begin in dkeys and dvalues, if
-  // not at its segment_rows. Then only the segments' rows are written, packed by the caller's wish.
+  // not at its segment_rows. Then only the segments' rows are written, packed by the caller's wish,
+  // and dkeys and dvalues have gradient_rows rows.
   const int64_t* segment_gradients = nullptr;
+  int64_t gradient_rows = 0;
 };
 
 // Both throw kValue for a plan that does not fit (positions or rows out of range) before they

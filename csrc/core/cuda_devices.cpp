@@ -2,6 +2,8 @@
 
 #ifdef L3EXT_WITH_CUDA
 #include <cuda_runtime_api.h>
+
+#include "core/cuda/check.hpp"
 #endif
 
 namespace l3ext {
@@ -24,10 +26,24 @@ std::vector<CudaDevice> cuda_devices() {
   return devices;
 }
 
+CudaDeviceGuard::CudaDeviceGuard(int device) {
+  int current = 0;
+  L3EXT_CUDA_CHECK(cudaGetDevice(&current));
+  if (current == device) return;
+  L3EXT_CUDA_CHECK(cudaSetDevice(device));
+  previous_ = current;
+}
+
+CudaDeviceGuard::~CudaDeviceGuard() {
+  if (previous_ >= 0) cudaSetDevice(previous_);  // was current before: it cannot fail
+}
+
 #else
 
 bool built_with_cuda() { return false; }
 std::vector<CudaDevice> cuda_devices() { return {}; }
+CudaDeviceGuard::CudaDeviceGuard(int) {}
+CudaDeviceGuard::~CudaDeviceGuard() = default;
 
 #endif
 

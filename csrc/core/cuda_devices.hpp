@@ -1,4 +1,5 @@
-// Which CUDA devices this process can reach. Without CUDA in the build, or without a driver: none.
+// Which CUDA devices this process can reach, and which of them is current. Without CUDA in the
+// build, or without a driver: none.
 #pragma once
 
 #include <cstdint>
@@ -16,5 +17,18 @@ struct CudaDevice {
 
 bool built_with_cuda();
 std::vector<CudaDevice> cuda_devices();
+
+// Makes a device current for the calling thread until the scope ends. Throws kRuntime where there
+// is no such device; in a build without CUDA it does nothing.
+class CudaDeviceGuard {
+ public:
+  explicit CudaDeviceGuard(int device);
+  ~CudaDeviceGuard();
+  CudaDeviceGuard(const CudaDeviceGuard&) = delete;
+  CudaDeviceGuard& operator=(const CudaDeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;  // -1: it was current already
+};
 
 }  // namespace l3ext

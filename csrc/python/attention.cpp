@@ -1,12 +1,12 @@
-// Plan and segmented attention over arrays that the caller allocated.
+// Segmented attention over arrays that the caller allocated.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 
-#include "attention/plan.hpp"
+#include "attention/cuda/segmented_attention.hpp"
 #include "attention/segmented_attention.hpp"
+#include "python/array_reader.hpp"
 #include "python/bindings.hpp"
 #include "python/tensor_arg.hpp"
 
@@ -15,137 +15,117 @@ namespace py = pybind11;
 namespace l3ext::python {
 namespace {
 
-// A [n, width] matrix of `dtype` whose rows may be strided; width or rows -1: any.
-Rows rows_of(const TensorArg& tensor, const char* argument, DType dtype, int64_t rows,
-             int64_t width) {
-  check_host(tensor.view(), argument);
-  check_dtype(tensor.view(), argument, dtype);
-  check_shape(tensor.view(), argument, {rows, width});
-  L3EXT_CHECK(tensor->shape[1] <= 1 || tensor->strides[1] == 1, argument,
-              ": expected rows of adjacent elements, got stride ", tensor->strides[1],
-              " in the last dimension");
-  return {tensor->data, tensor->strides[0]};
+void run(const ArrayReader& read, const SegmentedAttentionParams& params, const CudaQueue& queue) {
+  if (read.on_host()) {
+    py::gil_scoped_release release;
+    return segmented_attention(params);
+  }
+  read.run_on_cuda(
+      queue, [&] { return cuda::segmented_attention_workspace(params); },
+      [&](const cuda::Launch& launch) { cuda::segmented_attention(params, launch); });
 }
 
-MutableRows mutable_rows_of(const TensorArg& tensor, const char* argument, DType dtype,
-                            int64_t rows, int64_t width) {
-  check_writable(tensor.view(), argument);
-  rows_of(tensor, argument, dtype, rows, width);
-  return {tensor->data, tensor->strides[0]};
+void run(const ArrayReader& read, const SegmentedAttentionBackwardParams& params,
+         const CudaQueue& queue) {
+  if (read.on_host()) {
+    py::gil_scoped_release release;
+    return segmented_attention_backward(params);
+  }
+  read.run_on_cuda(
+      queue, [&] { return cuda::segmented_attention_backward_workspace(params); },
+      [&](const cuda::Launch& launch) { cuda::segmented_attention_backward(params, launch); });
 }
 
-template <typename T>
-T* array_of(const TensorArg& tensor, const char* argument, DType dtype,
-            std::initializer_list<int64_t> shape) {
-  check_host(tensor.view(), argument);
-  check_dtype(tensor.view(), argument, dtype);
-  check_shape(tensor.view(), argument, shape);
-  check_contiguous(tensor.view(), argument);
-  return tensor->as<T>();
-}
-
-// permutation, segment_queries, segment_rows, num_segments, table_rows; see l3ext.Plan.
-using PlanArrays = std::array<TensorArg, 5>;
-
-PlanView plan_of(const PlanArrays& arrays, int64_t rows) {
-  const auto& [permutation, segment_queries, segment_rows, num_segments, table_rows] = arrays;
-  PlanView plan;
-  plan.permutation = array_of<int32_t>(permutation, "plan.permutation", DType::kInt32, {-1});
-  plan.num_tokens = permutation->shape[0];
-  plan.segment_queries = array_of<int32_t>(segment_queries, "plan.segment_queries", DType::kInt32,
-                                           {plan.num_tokens + 1});
-  plan.segment_rows = array_of<int64_t>(segment_rows, "plan.segment_rows", DType::kInt64, {-1, 2});
-  plan.num_segments = *array_of<int32_t>(num_segments, "plan.num_segments", DType::kInt32, {1});
-  const int64_t expected = *array_of<int64_t>(table_rows, "plan.table_rows", DType::kInt64, {1});
-  L3EXT_CHECK(expected < 0 || expected == rows, "keys: expected ", expected,
-              " rows, as many as the offsets end at, got ", rows);
-  L3EXT_CHECK(plan.num_segments <= segment_rows->shape[0], "plan.segment_rows: expected ",
-              plan.num_segments, " segments or more, got ", segment_rows->shape[0]);
-  return plan;
-}
-
-void read_inputs(SegmentedAttentionInputs& inputs, const TensorArg& x, const TensorArg& keys,
-                 const TensorArg& values, const PlanArrays& plan, double scale, int num_threads) {
+void read_table(SegmentedAttentionInputs& inputs, const ArrayReader& read, const TensorArg& x,
+                const TensorArg& keys, const TensorArg& values, const PlanArrays& plan,
+                int64_t max_rows) {
   inputs.dtype = x->dtype;
-  inputs.keys = rows_of(keys, "keys", inputs.dtype, -1, -1);
+  inputs.keys = read.rows(keys, "keys", inputs.dtype, -1, -1);
   inputs.table_rows = keys->shape[0];
   inputs.d_in = keys->shape[1];
-  inputs.values = rows_of(values, "values", inputs.dtype, inputs.table_rows, -1);
+  inputs.values = read.rows(values, "values", inputs.dtype, inputs.table_rows, -1);
   inputs.d_emb = values->shape[1];
-  inputs.plan = plan_of(plan, inputs.table_rows);
-  inputs.x = rows_of(x, "x", inputs.dtype, inputs.plan.num_tokens, inputs.d_in);
-  inputs.scale = scale;
-  inputs.num_threads = num_threads;
+  inputs.plan = read.plan(plan, max_rows, inputs.table_rows);
+  inputs.x = read.rows(x, "x", inputs.dtype, inputs.plan.num_tokens, inputs.d_in);
 }
 
-void bind_plan(const TensorArg& token_ids, const TensorArg& offsets, bool check_offsets,
-               const TensorArg& permutation, const TensorArg& segment_tokens,
-               const TensorArg& segment_queries, const TensorArg& segment_rows,
-               const TensorArg& num_segments, const TensorArg& table_rows) {
-  PlanParams params;
-  check_host(token_ids.view(), "token_ids");
-  check_shape(token_ids.view(), "token_ids", {-1});
-  check_contiguous(token_ids.view(), "token_ids");
-  params.token_ids = token_ids->data;
-  params.token_dtype = token_ids->dtype;
-  params.num_tokens = token_ids->shape[0];
-  params.offsets = array_of<const int64_t>(offsets, "offsets", DType::kInt64, {-1});
-  L3EXT_CHECK(offsets->shape[0] >= 1, "offsets: expected vocab_size + 1 entries, got 0");
-  params.vocab_size = offsets->shape[0] - 1;
-  params.check_offsets = check_offsets;
-  const int64_t n = params.num_tokens;
-  params.permutation = array_of<int32_t>(permutation, "permutation", DType::kInt32, {n});
-  params.segment_tokens = array_of<int32_t>(segment_tokens, "segment_tokens", DType::kInt32, {n});
-  params.segment_queries =
-      array_of<int32_t>(segment_queries, "segment_queries", DType::kInt32, {n + 1});
-  params.segment_rows = array_of<int64_t>(segment_rows, "segment_rows", DType::kInt64, {n, 2});
-  params.num_segments = array_of<int32_t>(num_segments, "num_segments", DType::kInt32, {1});
-  params.table_rows = array_of<int64_t>(table_rows, "table_rows", DType::kInt64, {1});
-  py::gil_scoped_release release;
-  plan(params);
-}
-
-void bind_forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
-                  const PlanArrays& plan, double scale, int num_threads, const TensorArg& y) {
+void forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
+             const PlanArrays& plan, int64_t max_rows, double scale, int num_threads,
+             const TensorArg& y, const CudaQueue& queue) {
+  const ArrayReader read(x, "x");
   SegmentedAttentionParams params;
-  read_inputs(params, x, keys, values, plan, scale, num_threads);
-  params.y = mutable_rows_of(y, "y", params.dtype, params.plan.num_tokens, params.d_emb);
-  py::gil_scoped_release release;
-  segmented_attention(params);
+  read_table(params, read, x, keys, values, plan, max_rows);
+  params.scale = scale;
+  params.num_threads = num_threads;
+  params.y = read.mutable_rows(y, "y", params.dtype, params.plan.num_tokens, params.d_emb);
+  run(read, params, queue);
 }
 
-void bind_backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
-                   const TensorArg& values, const PlanArrays& plan, double scale, int num_threads,
-                   const std::optional<TensorArg>& dx, const std::optional<TensorArg>& dkeys,
-                   const std::optional<TensorArg>& dvalues) {
+void directory_forward(const TensorArg& x, const TensorArg& directory, const PlanArrays& plan,
+                       int64_t max_rows, int64_t row_stride, int64_t value_offset, double scale,
+                       int num_threads, const TensorArg& y, const CudaQueue& queue) {
+  const ArrayReader read(x, "x");
+  SegmentedAttentionParams params;
+  params.dtype = x->dtype;
+  params.plan = read.plan(plan, max_rows, std::nullopt);
+  params.x = read.rows(x, "x", params.dtype, params.plan.num_tokens, -1);
+  params.d_in = x->shape[1];
+  params.directory = read.array<const int64_t>(directory, "directory", DType::kInt64, {-1});
+  params.vocab_size = directory->shape[0];
+  params.keys.stride = params.values.stride = row_stride;
+  params.value_offset = value_offset;
+  params.scale = scale;
+  params.num_threads = num_threads;
+  params.y = read.mutable_rows(y, "y", params.dtype, params.plan.num_tokens, -1);
+  params.d_emb = y->shape[1];
+  run(read, params, queue);
+}
+
+void backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
+              const TensorArg& values, const PlanArrays& plan, int64_t max_rows, double scale,
+              int num_threads, const std::optional<TensorArg>& segment_gradients,
+              const std::optional<TensorArg>& dx, const std::optional<TensorArg>& dkeys,
+              const std::optional<TensorArg>& dvalues, const CudaQueue& queue) {
+  const ArrayReader read(x, "x");
   SegmentedAttentionBackwardParams params;
-  read_inputs(params, x, keys, values, plan, scale, num_threads);
-  const int64_t n = params.plan.num_tokens, rows = params.table_rows;
-  params.dy = rows_of(dy, "dy", params.dtype, n, params.d_emb);
-  if (dx) params.dx = mutable_rows_of(*dx, "dx", params.dtype, n, params.d_in);
-  if (dkeys) params.dkeys = mutable_rows_of(*dkeys, "dkeys", params.dtype, rows, params.d_in);
+  read_table(params, read, x, keys, values, plan, max_rows);
+  params.scale = scale;
+  params.num_threads = num_threads;
+  const DType dtype = params.dtype;
+  const int64_t n = params.plan.num_tokens;
+  params.dy = read.rows(dy, "dy", dtype, n, params.d_emb);
+  if (dx) params.dx = read.mutable_rows(*dx, "dx", dtype, n, params.d_in);
+  int64_t rows = params.table_rows;
+  if (segment_gradients && dkeys) {
+    const int64_t segments = plan[3]->shape[0];  // as many as segment_rows has entries for
+    params.segment_gradients = read.array<const int64_t>(*segment_gradients, "segment_gradients",
+                                                         DType::kInt64, {segments});
+    params.gradient_rows = rows = dkeys->view().shape[0];
+  }
+  if (dkeys) params.dkeys = read.mutable_rows(*dkeys, "dkeys", dtype, rows, params.d_in);
   if (dvalues) {
-    params.dvalues = mutable_rows_of(*dvalues, "dvalues", params.dtype, rows, params.d_emb);
+    params.dvalues = read.mutable_rows(*dvalues, "dvalues", dtype, rows, params.d_emb);
   } else {
     L3EXT_CHECK(!dkeys || params.d_in == params.d_emb,
                 "dvalues: a tied table needs d_in == d_emb, got ", params.d_in, " and ",
                 params.d_emb);
   }
-  py::gil_scoped_release release;
-  segmented_attention_backward(params);
+  run(read, params, queue);
 }
 
 }  // namespace
 
 void bind_attention(py::module_& module) {
-  module.def("plan", bind_plan, py::arg("token_ids"), py::arg("offsets"), py::arg("check_offsets"),
-             py::arg("permutation"), py::arg("segment_tokens"), py::arg("segment_queries"),
-             py::arg("segment_rows"), py::arg("num_segments"), py::arg("table_rows"));
-  module.def("segmented_attention", bind_forward, py::arg("x"), py::arg("keys"), py::arg("values"),
-             py::arg("plan"), py::arg("scale"), py::arg("num_threads"), py::arg("y"));
-  module.def("segmented_attention_backward", bind_backward, py::arg("dy"), py::arg("x"),
-             py::arg("keys"), py::arg("values"), py::arg("plan"), py::arg("scale"),
-             py::arg("num_threads"), py::arg("dx"), py::arg("dkeys"), py::arg("dvalues"));
+  module.def("segmented_attention", forward, py::arg("x"), py::arg("keys"), py::arg("values"),
+             py::arg("plan"), py::arg("max_rows"), py::arg("scale"), py::arg("num_threads"),
+             py::arg("y"), py::arg("queue"));
+  module.def("directory_attention", directory_forward, py::arg("x"), py::arg("directory"),
+             py::arg("plan"), py::arg("max_rows"), py::arg("row_stride"), py::arg("value_offset"),
+             py::arg("scale"), py::arg("num_threads"), py::arg("y"), py::arg("queue"));
+  module.def("segmented_attention_backward", backward, py::arg("dy"), py::arg("x"), py::arg("keys"),
+             py::arg("values"), py::arg("plan"), py::arg("max_rows"), py::arg("scale"),
+             py::arg("num_threads"), py::arg("segment_gradients"), py::arg("dx"), py::arg("dkeys"),
+             py::arg("dvalues"), py::arg("queue"));
 }
 
 }  // namespace l3ext::python

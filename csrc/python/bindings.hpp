@@ -7,6 +7,7 @@ namespace l3ext::python {
 
 void bind_system(pybind11::module_& module);
 void bind_lzw(pybind11::module_& module);
+void bind_plan(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_runtime(pybind11::module_& module);
 

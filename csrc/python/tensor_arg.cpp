@@ -25,6 +25,19 @@ DType dtype_of(const DLDataType& type) {
              int{type.code}, " with ", int{type.bits}, " bits"));
 }
 
+Place place_of(const DLDevice& device) {
+  switch (device.device_type) {
+    case kDLCPU:
+    case kDLCUDAHost:
+      return {Place::Kind::kHost, 0};
+    case kDLCUDA:
+    case kDLCUDAManaged:
+      return {Place::Kind::kCuda, device.device_id};
+    default:
+      return {Place::Kind::kOther, 0};
+  }
+}
+
 TensorView view_of(const DLTensor& tensor) {
   TensorView view;
   if (tensor.ndim > TensorView::kMaxDims) {
@@ -32,7 +45,7 @@ TensorView view_of(const DLTensor& tensor) {
         concat("array: expected at most ", TensorView::kMaxDims, " dimensions, got ", tensor.ndim));
   }
   view.dtype = dtype_of(tensor.dtype);
-  view.on_host = tensor.device.device_type == kDLCPU || tensor.device.device_type == kDLCUDAHost;
+  view.place = place_of(tensor.device);
   view.ndim = tensor.ndim;
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   int64_t packed = 1;
@@ -61,6 +74,13 @@ const DLPackExchangeAPI* exchange_api(py::handle object) {
   return api;
 }
 
+bool on_cuda(py::handle object) {
+  const py::object method = py::getattr(object, "__dlpack_device__", py::none());
+  if (method.is_none()) return false;
+  const auto type = method().cast<py::tuple>()[0].cast<int>();
+  return type == kDLCUDA || type == kDLCUDAManaged;
+}
+
 py::object call_dlpack(py::handle object) {
   py::object method = py::getattr(object, "__dlpack__", py::none());
   if (method.is_none()) {
@@ -69,8 +89,13 @@ py::object call_dlpack(py::handle object) {
                "__dlpack__, got ",
                Py_TYPE(object.ptr())->tp_name));
   }
+  py::dict options;
+  options["max_version"] = py::make_tuple(1, 0);
+  // Work on a device goes to the stream that the caller names beside the array: the producer is not
+  // to wait for another one (-1), which a graph capture would not survive.
+  if (on_cuda(object)) options["stream"] = -1;
   try {
-    return method(py::arg("max_version") = py::make_tuple(1, 0));
+    return method(**options);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
   }
@@ -111,10 +136,9 @@ TensorArg TensorArg::from_object(py::handle object) {
 }
 
 void check_host(const TensorView& tensor, const char* argument) {
-  if (!tensor.on_host) {
-    throw Error(ErrorCode::kType, concat(argument,
-                                         ": expected an array in host memory, got one "
-                                         "on a device"));
+  if (!tensor.place.on_host()) {
+    throw Error(ErrorCode::kType, concat(argument, ": expected an array in host memory, got one ",
+                                         place_name(tensor.place)));
   }
 }
 

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from l3ext.allocation import Allocation
 from l3ext.models.configuration_l3_llama import L3LlamaConfig
 from l3ext.nn import L3Layer
-from l3ext.ops import Plan
+from l3ext.plans import Plan
 
 _ROWS = "l3_allocation_rows"
 _FREQUENCY = "l3_allocation_frequency"

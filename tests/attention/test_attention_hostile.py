@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import l3ext
-from l3ext.ops import table_attention
+from l3ext.ops import directory_attention, table_attention
 
 OFFSETS = torch.tensor([0, 2, 5])
 
@@ -123,6 +123,88 @@ def test_row_gradients_refuse_overlapping_segments():
     y = l3ext.segmented_attention(x, keys.clone().requires_grad_(), values, moved)
     with pytest.raises(ValueError, match="row gradients need segments with ascending rows"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("starts", "rows", "message"),
+    [
+        ([0, 2], 4, "expected room for 3 rows of segment 1 in 2..4, got them at 2"),
+        ([1, 2], 5, "expected room for 3 rows of segment 1 in 3..5, got them at 2"),
+        ([-1, 2], 5, "expected room for 2 rows of segment 0 in 0..5, got them at -1"),
+        ([0, 2**62], 5, "of segment 1 in 2..5, got them at 4611686018427387904"),
+        ([0], 5, r"segment_gradients: expected shape \[3\], got \[1\]"),
+    ],
+)
+def test_gradient_rows_that_do_not_fit_are_not_written(starts, rows, message):
+    x, keys, values, plan = inputs()
+    if len(starts) == 2:
+        starts = [*starts, 0]  # of no segment
+    arguments = (torch.ones(3, 4), x, keys, values, *plan._arrays(), 1.0, True, True)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.l3ext.segmented_attention_backward(*arguments, torch.tensor(starts), rows)
+
+
+def test_sparse_gradients_cannot_be_compiled():
+    x, keys, values, plan = inputs()
+    keys = keys.clone().requires_grad_()
+    compiled = torch.compile(
+        lambda x: l3ext.segmented_attention(x, keys, values, plan, sparse=True), fullgraph=True
+    )
+    with pytest.raises(Exception, match="sparse: expected False in compiled code"):
+        compiled(x)
+
+
+def behind_addresses(**changes):
+    """Arguments of directory_attention, which answers as table_attention does unless changed."""
+    x, keys, values, plan = inputs()
+    table = torch.cat([keys, values], dim=1)
+    directory = table.data_ptr() + 48 * OFFSETS[:-1]
+    arguments = {"x": x, "directory": directory, "plan": plan, "d_emb": 4, "row_stride": 12}
+    return table, arguments | {"value_offset": 8} | changes
+
+
+def test_a_directory_answers_as_its_table():
+    table, arguments = behind_addresses()
+    y = directory_attention(**arguments)
+    assert torch.equal(y, table_attention(arguments["x"], table, arguments["plan"], tied=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"directory": torch.zeros(2, dtype=torch.int64)}, ValueError, "rows of token 0, got 0"),
+        ({"directory": torch.tensor([16])}, ValueError, "directory: expected an entry for token 1"),
+        ({"directory": torch.zeros(2)}, TypeError, "directory: expected int64, got float32"),
+        ({"directory": [0, 0]}, TypeError, "directory: expected a torch.Tensor, got list"),
+        ({"directory": torch.zeros(2, 1).long()}, ValueError, "directory: expected shape"),
+        ({"x": torch.randn(4, 8)}, ValueError, "x: expected 3 rows"),
+        ({"d_emb": 0}, ValueError, "d_emb: expected 1 or more, got 0"),
+        ({"row_stride": 0}, ValueError, "row_stride: expected 1 or more, got 0"),
+        ({"value_offset": -1}, ValueError, "value_offset: expected 0 or more, got -1"),
+        ({"plan": None}, TypeError, "plan: expected l3ext.Plan, got NoneType"),
+    ],
+)
+def test_wrong_directories(changes, error, message):
+    _table, arguments = behind_addresses(**changes)
+    with pytest.raises(error, match=message):
+        directory_attention(**arguments)
+
+
+def test_a_directory_s_token_without_rows_needs_no_address():
+    table, arguments = behind_addresses()
+    plan = l3ext.plan([0, 1, 2], torch.tensor([0, 2, 5, 5]))
+    directory = torch.cat([arguments["directory"], torch.zeros(1, dtype=torch.int64)])
+    y = directory_attention(**arguments | {"plan": plan, "directory": directory})
+    assert (y[2] == 0).all()
+    assert torch.isfinite(y).all()
+    assert len(table) == 5
+
+
+def test_nothing_behind_a_directory_has_a_gradient():
+    _table, arguments = behind_addresses()
+    arguments["x"].requires_grad_()
+    with pytest.raises(RuntimeError, match="directory_attention: rows behind addresses have no"):
+        directory_attention(**arguments).sum().backward()
 
 
 def test_frozen_tables_get_no_gradient_and_overlap_is_fine():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,76 @@ def test_with_rows_keeps_the_order_and_moves_the_rows():
     here = l3ext.segmented_attention(x, table[:, :6], table[:, 6:], plan)
     there = l3ext.segmented_attention(x, elsewhere[:, :6], elsewhere[:, 6:], moved)
     assert torch.equal(here, there)
+
+
+def test_max_rows_is_the_largest_owner_or_what_the_caller_says():
+    offsets = torch.tensor([0, 2, 2, 9, 10])
+    assert l3ext.plan([0, 3], offsets).max_rows == 7
+    assert l3ext.plan([0, 3], offsets, max_rows=64).max_rows == 64
+    assert l3ext.plan([0, 3], offsets, max_rows=np.int64(64)).max_rows == 64
+    assert l3ext.plan([], torch.tensor([0])).max_rows == 0
+    for wrong, error in ((-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="max_rows: expected"):
+            l3ext.plan([0], offsets, max_rows=wrong)
+
+
+def test_compiled_code_does_not_read_the_offsets():
+    offsets = torch.tensor([0, 2, 2, 9, 10])
+    compiled = torch.compile(lambda ids: l3ext.plan(ids, offsets), fullgraph=True)
+    assert compiled(torch.tensor([0, 3])).max_rows == -1
+
+
+def test_to_the_cpu_is_the_same_plan():
+    plan = l3ext.plan([1, 0, 1], torch.tensor([0, 2, 5]))
+    moved = plan.to("cpu", non_blocking=True)
+    for field in dataclasses.fields(plan):
+        a, b = getattr(plan, field.name), getattr(moved, field.name)
+        assert a == b if field.name == "max_rows" else torch.equal(a, b), field.name
+
+
+def test_pin_memory_pins_every_array(monkeypatch):
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    plan = l3ext.plan([1, 0, 1], torch.tensor([0, 2, 5]))
+    other = plan.pin_memory()
+    assert len(pinned) == len(dataclasses.fields(plan)) - 1
+    assert torch.equal(other.permutation, plan.permutation)
+    assert other.max_rows == plan.max_rows
+
+
+def plan_with_foreign_ids():
+    """As a device makes it of the ids [1, 9, 0, -1, 1]: those of no token come last."""
+    plan = l3ext.plan([1, 1, 0, 1, 1], torch.tensor([0, 2, 5]))
+    return dataclasses.replace(
+        plan,
+        permutation=torch.tensor([2, 0, 4, 3, 1], dtype=torch.int32),
+        segment_tokens=torch.tensor([0, 1, -1, -1, -1], dtype=torch.int32),
+        segment_queries=torch.tensor([0, 1, 3, 4, 5, 5], dtype=torch.int32),
+        segment_rows=torch.tensor([[0, 2], [2, 5], [-1, -1], [-1, -1], [0, 0]]),
+        num_segments=torch.tensor([4], dtype=torch.int32),
+    )
+
+
+def test_check_names_the_first_position_of_a_foreign_id():
+    l3ext.plan([1, 0, 1], torch.tensor([0, 2, 5])).check()
+    l3ext.plan([], torch.tensor([0, 2, 5])).check()
+    with pytest.raises(ValueError, match=r"token_ids: expected ids in the vocab.* at position 1$"):
+        plan_with_foreign_ids().check()
+
+
+def test_check_finds_a_token_with_more_rows_than_promised():
+    offsets = torch.tensor([0, 2, 5, 14])
+    l3ext.plan([1, 0], offsets, max_rows=3).check()
+    message = "max_rows: expected at least 9, the rows of token 2, got 3"
+    with pytest.raises(ValueError, match=message):
+        l3ext.plan([1, 2, 0], offsets, max_rows=3).check()
+    # Rows of another table: what with_rows was told holds, not what was planned.
+    plan = l3ext.plan([1], offsets).with_rows(torch.tensor([[0, 40]]), max_rows=40)
+    plan.check()
+    with pytest.raises(ValueError, match="max_rows: expected 0 or more, got -2"):
+        plan.with_rows(plan.segment_rows, max_rows=-2)

@@ -97,25 +97,37 @@ void forward_matches_float64_for_any_thread_count() {
   }
 }
 
+// The gradient of the sum of the outputs.
+struct Gradients {
+  std::vector<float> dy, dx, dtable;
+  l3ext::SegmentedAttentionBackwardParams params;
+
+  Gradients(Step& step, int64_t gradient_rows)
+      : dy(step.y.size(), 1.0f),
+        dx(step.x.size(), NAN),
+        dtable(gradient_rows * (step.d_in + step.d_emb), NAN) {
+    const int64_t width = step.d_in + step.d_emb;
+    params.x = {step.x.data(), step.d_in};
+    params.keys = {step.table.data(), width};
+    params.values = {step.table.data() + step.d_in, width};
+    params.dy = {dy.data(), step.d_emb};
+    params.dx = {dx.data(), step.d_in};
+    params.dkeys = {dtable.data(), width};
+    params.dvalues = {dtable.data() + step.d_in, width};
+    params.plan = step.plan.view();
+    params.table_rows = step.plan.table_rows;
+    params.d_in = step.d_in;
+    params.d_emb = step.d_emb;
+    params.num_threads = 2;
+  }
+};
+
 void backward_writes_every_row_and_the_weights_sum_to_one() {
   Step step({2, 1, 5, 64, 3}, 50, 19, 11);
   const int64_t width = step.d_in + step.d_emb;
-  std::vector<float> dy(step.y.size(), 1.0f), dx(step.x.size(), NAN),
-      dtable(step.table.size(), NAN);
-  l3ext::SegmentedAttentionBackwardParams params;
-  params.x = {step.x.data(), step.d_in};
-  params.keys = {step.table.data(), width};
-  params.values = {step.table.data() + step.d_in, width};
-  params.dy = {dy.data(), step.d_emb};
-  params.dx = {dx.data(), step.d_in};
-  params.dkeys = {dtable.data(), width};
-  params.dvalues = {dtable.data() + step.d_in, width};
-  params.plan = step.plan.view();
-  params.table_rows = step.plan.table_rows;
-  params.d_in = step.d_in;
-  params.d_emb = step.d_emb;
-  params.num_threads = 2;
-  l3ext::segmented_attention_backward(params);
+  Gradients gradients(step, step.plan.table_rows);
+  const std::vector<float>&dtable = gradients.dtable, &dx = gradients.dx;
+  l3ext::segmented_attention_backward(gradients.params);
   bool finite = true;
   for (const float value : dtable) finite = finite && std::isfinite(value);
   for (const float value : dx) finite = finite && std::isfinite(value);
@@ -124,6 +136,67 @@ void backward_writes_every_row_and_the_weights_sum_to_one() {
   double sum = 0;
   for (int64_t r = 0; r < step.plan.table_rows; ++r) sum += dtable[r * width + step.d_in];
   EXPECT(std::abs(sum - 50) < 1e-3);
+}
+
+void packed_gradient_rows_are_those_of_the_table() {
+  Step step({2, 1, 5, 64, 3, 9}, 4, 19, 11);  // at most four of six tokens are in the step
+  const int64_t width = step.d_in + step.d_emb;
+  Gradients dense(step, step.plan.table_rows);
+  l3ext::segmented_attention_backward(dense.params);
+
+  std::vector<int64_t> starts;
+  int64_t rows = 0;
+  for (int32_t s = 0; s < step.plan.num_segments; ++s) {
+    starts.push_back(rows);
+    rows += step.plan.segment_rows[2 * s + 1] - step.plan.segment_rows[2 * s];
+  }
+  Gradients packed(step, rows);
+  packed.params.segment_gradients = starts.data();
+  packed.params.gradient_rows = rows;
+  l3ext::segmented_attention_backward(packed.params);
+  EXPECT(packed.dx == dense.dx);
+  for (int32_t s = 0; s < step.plan.num_segments; ++s) {
+    const int64_t first = step.plan.segment_rows[2 * s],
+                  count = step.plan.segment_rows[2 * s + 1] - first;
+    EXPECT(std::memcmp(&packed.dtable[starts[s] * width], &dense.dtable[first * width],
+                       count * width * sizeof(float)) == 0);
+  }
+
+  packed.params.gradient_rows = rows - 1;
+  const std::string message =
+      EXPECT_THROWS(Error, l3ext::segmented_attention_backward(packed.params));
+  EXPECT(message.find("segment_gradients: expected room for") != std::string::npos);
+}
+
+void rows_behind_addresses_are_those_of_the_table() {
+  for (const int64_t tokens : {5, 400}) {  // few units share threads, many do not
+    Step step({2, 1, 5, 64, 3, 0}, tokens, 19, 11);
+    l3ext::segmented_attention(step.forward(2));
+    const std::vector<float> expected = step.y;
+    std::fill(step.y.begin(), step.y.end(), NAN);
+
+    const int64_t width = step.d_in + step.d_emb;
+    std::vector<std::vector<float>> blocks;
+    std::vector<int64_t> directory;
+    for (size_t t = 0; t + 1 < step.offsets.size(); ++t) {
+      blocks.emplace_back(step.table.begin() + step.offsets[t] * width,
+                          step.table.begin() + step.offsets[t + 1] * width);
+      directory.push_back(reinterpret_cast<int64_t>(blocks.back().data()));
+    }
+    auto params = step.forward(2);
+    params.keys = params.values = {nullptr, width};
+    params.table_rows = 0;
+    params.directory = directory.data();
+    params.vocab_size = static_cast<int64_t>(directory.size());
+    params.value_offset = step.d_in;
+    l3ext::segmented_attention(params);
+    EXPECT(step.y == expected);
+
+    directory[step.ids[0]] = 0;
+    if (step.offsets[step.ids[0]] == step.offsets[step.ids[0] + 1]) continue;
+    const std::string message = EXPECT_THROWS(Error, l3ext::segmented_attention(params));
+    EXPECT(message.find("expected the address of the rows of token") != std::string::npos);
+  }
 }
 
 void units_cover_every_query_once() {
@@ -159,6 +232,8 @@ void a_plan_that_does_not_fit_writes_nothing() {
 int main() {
   RUN(forward_matches_float64_for_any_thread_count);
   RUN(backward_writes_every_row_and_the_weights_sum_to_one);
+  RUN(packed_gradient_rows_are_those_of_the_table);
+  RUN(rows_behind_addresses_are_those_of_the_table);
   RUN(units_cover_every_query_once);
   RUN(a_plan_that_does_not_fit_writes_nothing);
   return check::failures == 0 ? 0 : 1;

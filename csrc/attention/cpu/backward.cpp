@@ -12,6 +12,7 @@
 #include "attention/cpu/row_kernels.hpp"
 #include "attention/cpu/schedule.hpp"
 #include "attention/segmented_attention.hpp"
+#include "core/error.hpp"
 #include "core/parallel.hpp"
 #include "core/scratch.hpp"
 
@@ -29,7 +30,7 @@ class Backward {
 
   void run() {
     const std::vector<Unit> segments = make_units(p_.plan, p_.d_in, /*whole_segments=*/true);
-    if (wants_rows()) zero_untouched(segments);
+    if (wants_rows() && p_.segment_gradients == nullptr) zero_untouched(segments);
     // Whole segments until the workspace is full; one segment larger than it gets its own.
     constexpr int64_t kGroupElements = 8 << 20;
     for (size_t begin = 0; begin < segments.size();) {
@@ -215,9 +216,11 @@ class Backward {
     carve(sizes);
     Carver carver(thread_scratch(sizes.bytes()));
     const auto [pointers, sums] = carve(carver);
+    const int64_t first =
+        p_.segment_gradients == nullptr ? segment.row_begin : p_.segment_gradients[segment.segment];
     const auto write = [&](const MutableRows& to, int64_t columns) {
       for (int64_t r = 0; r < count; ++r) {
-        kernels_.store(sums + r * columns, Acc{1}, at(to, segment.row_begin + begin + r), columns);
+        kernels_.store(sums + r * columns, Acc{1}, at(to, first + begin + r), columns);
       }
     };
     std::fill_n(sums, count * width, Acc{});
@@ -244,7 +247,11 @@ class Backward {
 }  // namespace cpu
 
 void segmented_attention_backward(const SegmentedAttentionBackwardParams& params) {
+  L3EXT_CHECK(params.directory == nullptr,
+              "directory: expected none, rows behind it have no "
+              "gradient");
   cpu::check_plan(params.plan, params.table_rows, params.dkeys.data != nullptr);
+  if (params.segment_gradients != nullptr) cpu::check_gradient_rows(params);
   dispatch_float(params.dtype, "x",
                  [&](auto tag) { cpu::Backward<typename decltype(tag)::type>(params).run(); });
 }

@@ -2,6 +2,7 @@
 // parallel; where there are too few of them, the rows and then the columns of a unit are shared.
 // Memory-bound while segments have few queries, FMA-bound beyond.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "attention/cpu/row_kernels.hpp"
@@ -64,8 +65,17 @@ class Forward {
   T* y_row(int64_t q) const {
     return static_cast<T*>(p_.y.data) + p_.plan.permutation[q] * p_.y.stride;
   }
-  const T* value_row(int64_t r) const {
-    return static_cast<const T*>(p_.values.data) + r * p_.values.stride;
+
+  // Where a unit's keys begin, and its values; further rows follow in strides.
+  const T* first_key(const Unit& unit) const {
+    if (p_.directory != nullptr) {
+      return reinterpret_cast<const T*>(p_.directory[p_.plan.segment_tokens[unit.segment]]);
+    }
+    return static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride;
+  }
+  const T* first_value(const Unit& unit) const {
+    if (p_.directory != nullptr) return first_key(unit) + p_.value_offset;
+    return static_cast<const T*>(p_.values.data) + unit.row_begin * p_.values.stride;
   }
 
   // No rows: the empty sum. One row: its weight is 1 whatever the key, so no key is read.
@@ -75,7 +85,7 @@ class Forward {
       if (unit.rows() == 0) {
         std::fill_n(y_row(q), p_.d_emb, T{});
       } else {
-        std::copy_n(value_row(unit.row_begin), p_.d_emb, y_row(q));
+        std::copy_n(first_value(unit), p_.d_emb, y_row(q));
       }
     }
     return true;
@@ -83,17 +93,17 @@ class Forward {
 
   // The row that a unit reads first.
   const T* first_row(const Unit& unit) const {
-    if (unit.rows() == 1) return value_row(unit.row_begin);
-    return static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride;
+    return unit.rows() == 1 ? first_value(unit) : first_key(unit);
   }
 
   // `next_row`: where the thread reads on after this unit, or null.
   void prepare(const Unit& unit, const Work& work, const T* next_row) const {
-    const T* key = first_row(unit);
+    const T* key = first_key(unit);
+    const T* value = first_value(unit);
     if (next_row == nullptr) next_row = key;
     for (int64_t r = 0; r < unit.rows(); ++r) {
       work.keys[r] = key + r * p_.keys.stride;
-      work.values[r] = value_row(unit.row_begin + r);
+      work.values[r] = value + r * p_.values.stride;
     }
     for (int64_t r = 0; r < kRowsAhead; ++r) {
       work.keys[unit.rows() + r] = work.values[std::min(r, unit.rows() - 1)];
@@ -192,7 +202,10 @@ class Forward {
 }  // namespace cpu
 
 void segmented_attention(const SegmentedAttentionParams& params) {
-  cpu::check_plan(params.plan, params.table_rows, /*disjoint_rows=*/false);
+  const bool anywhere = params.directory != nullptr;
+  cpu::check_plan(params.plan, anywhere ? std::numeric_limits<int64_t>::max() : params.table_rows,
+                  /*disjoint_rows=*/false);
+  if (anywhere) cpu::check_directory(params);
   dispatch_float(params.dtype, "x",
                  [&](auto tag) { cpu::Forward<typename decltype(tag)::type>(params).run(); });
 }

@@ -19,6 +19,7 @@ std::vector<Unit> make_units(const PlanView& plan, int64_t depth, bool whole_seg
   units.reserve(static_cast<size_t>(plan.num_segments));
   for (int64_t s = 0; s < plan.num_segments; ++s) {
     Unit unit;
+    unit.segment = s;
     unit.row_begin = plan.segment_rows[2 * s];
     unit.row_end = plan.segment_rows[2 * s + 1];
     const int64_t end = plan.segment_queries[s + 1];
@@ -65,6 +66,30 @@ void check_plan(const PlanView& plan, int64_t table_rows, bool disjoint_rows) {
     L3EXT_CHECK(plan.permutation[i] >= 0 && plan.permutation[i] < plan.num_tokens,
                 "plan: expected positions in [0, ", plan.num_tokens, "), got ", plan.permutation[i],
                 " at sorted position ", i);
+  }
+}
+
+void check_directory(const SegmentedAttentionInputs& inputs) {
+  const PlanView& plan = inputs.plan;
+  for (int64_t s = 0; s < plan.num_segments; ++s) {
+    const int64_t token = plan.segment_tokens[s];
+    L3EXT_CHECK(0 <= token && token < inputs.vocab_size, "directory: expected an entry for token ",
+                token, ", got entries for ", inputs.vocab_size, " tokens");
+    const bool owns_rows = plan.segment_rows[2 * s] < plan.segment_rows[2 * s + 1];
+    L3EXT_CHECK(!owns_rows || inputs.directory[token] != 0,
+                "directory: expected the address of the rows of token ", token, ", got 0");
+  }
+}
+
+void check_gradient_rows(const SegmentedAttentionBackwardParams& params) {
+  int64_t next = 0;
+  for (int64_t s = 0; s < params.plan.num_segments; ++s) {
+    const int64_t rows = params.plan.segment_rows[2 * s + 1] - params.plan.segment_rows[2 * s];
+    const int64_t begin = params.segment_gradients[s];
+    L3EXT_CHECK(next <= begin && begin <= params.gradient_rows - rows,
+                "segment_gradients: expected room for ", rows, " rows of segment ", s, " in ", next,
+                "..", params.gradient_rows, ", got them at ", begin);
+    next = begin + rows;
   }
 }
 

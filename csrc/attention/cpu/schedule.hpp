@@ -11,6 +11,7 @@ namespace l3ext::cpu {
 
 // Some queries of one segment against all its rows.
 struct Unit {
+  int64_t segment = 0;
   int64_t query_begin = 0;  // sorted positions
   int64_t query_end = 0;
   int64_t row_begin = 0;
@@ -33,5 +34,11 @@ std::vector<int32_t> longest_first(const std::vector<Unit>& units);
 // Throws kValue unless positions are in range and rows within the table; `disjoint_rows` also
 // asks for ascending segments, which row gradients need.
 void check_plan(const PlanView& plan, int64_t table_rows, bool disjoint_rows);
+
+// Throws kValue unless the directory has an address for every token of the step that owns rows.
+void check_directory(const SegmentedAttentionInputs& inputs);
+
+// Throws kValue unless segment_gradients places the segments' rows ascending and in bounds.
+void check_gradient_rows(const SegmentedAttentionBackwardParams& params);
 
 }  // namespace l3ext::cpu

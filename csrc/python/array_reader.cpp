@@ -1,0 +1,73 @@
+#include "python/array_reader.hpp"
+
+#include "core/error.hpp"
+
+namespace l3ext::python {
+
+ArrayReader::ArrayReader(const TensorArg& first, const char* argument)
+    : place_(first->place), first_(argument) {
+  if (place_.kind == Place::Kind::kOther) {
+    throw Error(ErrorCode::kType,
+                concat(argument, ": expected an array in host memory or on a CUDA device, got one ",
+                       place_name(place_)));
+  }
+}
+
+void ArrayReader::check_place(const TensorView& tensor, const char* argument) const {
+  if (tensor.place == place_) return;
+  throw Error(ErrorCode::kType,
+              concat(argument, ": expected an array ", place_name(place_), ", where ", first_,
+                     " lies, got one ", place_name(tensor.place)));
+}
+
+void ArrayReader::check_array(const TensorView& tensor, const char* argument, DType dtype,
+                              std::initializer_list<int64_t> shape) const {
+  check_place(tensor, argument);
+  check_dtype(tensor, argument, dtype);
+  check_shape(tensor, argument, shape);
+  check_contiguous(tensor, argument);
+}
+
+Rows ArrayReader::rows(const TensorArg& tensor, const char* argument, DType dtype, int64_t rows,
+                       int64_t width) const {
+  check_place(tensor.view(), argument);
+  check_dtype(tensor.view(), argument, dtype);
+  check_shape(tensor.view(), argument, {rows, width});
+  L3EXT_CHECK(tensor->shape[1] <= 1 || tensor->strides[1] == 1, argument,
+              ": expected rows of adjacent elements, got stride ", tensor->strides[1],
+              " in the last dimension");
+  return {tensor->data, tensor->strides[0]};
+}
+
+MutableRows ArrayReader::mutable_rows(const TensorArg& tensor, const char* argument, DType dtype,
+                                      int64_t rows, int64_t width) const {
+  check_writable(tensor.view(), argument);
+  this->rows(tensor, argument, dtype, rows, width);
+  return {tensor->data, tensor->strides[0]};
+}
+
+PlanView ArrayReader::plan(const PlanArrays& arrays, int64_t max_rows,
+                           std::optional<int64_t> table_rows) const {
+  const auto& [permutation, segment_tokens, segment_queries, segment_rows, num_segments, rows,
+               schedule] = arrays;
+  PlanView plan;
+  plan.permutation = array<int32_t>(permutation, "plan.permutation", DType::kInt32, {-1});
+  const int64_t n = plan.num_tokens = permutation->shape[0];
+  plan.segment_tokens = array<int32_t>(segment_tokens, "plan.segment_tokens", DType::kInt32, {n});
+  plan.segment_queries =
+      array<int32_t>(segment_queries, "plan.segment_queries", DType::kInt32, {n + 1});
+  plan.segment_rows = array<int64_t>(segment_rows, "plan.segment_rows", DType::kInt64, {-1, 2});
+  const auto* segments = array<int32_t>(num_segments, "plan.num_segments", DType::kInt32, {1});
+  const auto* expected = array<int64_t>(rows, "plan.table_rows", DType::kInt64, {1});
+  plan.schedule = array<int32_t>(schedule, "plan.schedule", DType::kInt32, {schedule_size(n)});
+  plan.max_rows = max_rows;
+  if (!on_host()) return plan;
+  L3EXT_CHECK(!table_rows || *expected < 0 || *expected == *table_rows, "keys: expected ",
+              *expected, " rows, as many as the offsets end at, got ", table_rows.value_or(0));
+  plan.num_segments = *segments;
+  L3EXT_CHECK(plan.num_segments <= segment_rows->shape[0], "plan.segment_rows: expected ",
+              plan.num_segments, " segments or more, got ", segment_rows->shape[0]);
+  return plan;
+}
+
+}  // namespace l3ext::python

@@ -1,0 +1,50 @@
+"""What the torch operators share: their library, and how a call reaches the native kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from l3ext import _C
+
+library = torch.library.Library("l3ext", "DEF")
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+
+def kernel(name: str) -> Callable[[_Kernel], _Kernel]:
+    """Make a function the operator's kernel on the CPU and on CUDA alike."""
+
+    def register(function: _Kernel) -> _Kernel:
+        for key in ("CPU", "CUDA"):
+            library.impl(name, function, key)
+        return function
+
+    return register
+
+
+def queue(device: torch.device) -> tuple[int, Callable[[int], Tensor]]:
+    """Where native work on ``device`` goes: the current stream, and who allocates workspaces.
+
+    A workspace may be freed as soon as the call returns: torch hands its memory out again in the
+    order of the stream. Inside a graph capture it comes from the graph's own pool.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return stream, functools.partial(_workspace, device)
+
+
+def _workspace(device: torch.device, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def check_device(device: torch.device, argument: str) -> None:
+    """RuntimeError unless this build computes on ``device``."""
+    known = ("cpu", "cuda") if _C.has_cuda else ("cpu",)
+    if device.type not in (*known, "meta"):
+        raise RuntimeError(
+            f"{argument}: expected {' or '.join(known)}, got {device}: this build has no kernels "
+            "for that device"
+        )
