@@ -1,150 +1,285 @@
-"""Segmented attention on real tokens, against what users write today and against the machine."""
+"""Segmented attention against the machine's own limits and against what users write today."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import l3ext
-from l3ext.allocation import Allocation
-from l3ext.bench import machine, peers, timing
+from l3ext.bench import machine, timing
+from l3ext.bench.floors import Cost, StepShape
+from l3ext.bench.peers import PEERS, Attend
+from l3ext.bench.workload import Workload
+from l3ext.ops import table_attention
 
-PEERS: dict[str, Callable[[], Callable[..., Tensor]]] = {
-    "padded gather": lambda: peers.padded_gather,
-    "masked 512-row blocks": lambda: peers.masked_blocks,
-    "loop of mm": lambda: peers.segment_loop,
-    "FlexAttention": peers.flex_attention,
-}
+REGIMES = ("forward", "backward", "decode", "plan")
+
+_STEPS = 4  # another one each run
+_GRAPH_CALLS = 16  # of one graph: what a replay itself costs is shared out among them
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """The shape of one benchmark and the token ids it draws its steps from."""
+class Options:
+    """What to measure, and how much of it."""
 
-    tokens: np.ndarray  #: integer [T], a real token stream
-    allocation: Allocation
-    num_tokens: int = 4096
-    d_in: int = 1024
-    d_emb: int = 512
-
-    def steps(self, count: int) -> list[Tensor]:
-        """``count`` steps of ``num_tokens`` ids, evenly spaced over the stream."""
-        last = self.tokens.shape[0] - self.num_tokens
-        if last < 0:
-            raise ValueError(
-                f"tokens: expected {self.num_tokens} or more for one step, "
-                f"got {self.tokens.shape[0]}"
-            )
-        starts = np.linspace(0, last, count).astype(int)
-        return [
-            torch.from_numpy(self.tokens[i : i + self.num_tokens].astype(np.int64)) for i in starts
-        ]
-
-
-def floor_seconds(
-    step: Tensor, offsets: Tensor, workload: Workload, itemsize: int, bandwidth: float, gemm: float
-) -> tuple[float, float]:
-    """Least seconds of a forward by bytes and by flops: the step's floor is the larger.
-
-    Bytes: every distinct token's rows, x and y once. Flops: two for each product of a query's or
-    weight's element with a row's.
-    """
-    count = offsets[step + 1] - offsets[step]
-    distinct = step.unique()
-    rows = int((offsets[distinct + 1] - offsets[distinct]).sum())
-    width = workload.d_in + workload.d_emb
-    moved = (rows + step.numel()) * width * itemsize
-    return moved / bandwidth, 2 * int(count.sum()) * width / gemm
-
-
-def _call_peer(
-    function: Callable[..., Tensor], x: Tensor, offsets: Tensor, table: Tensor, step: Tensor
-) -> Tensor:
-    return function(x, step, offsets, table)
+    device: torch.device
+    dtype: torch.dtype
+    d_in: int
+    d_emb: int
+    regimes: Sequence[str] = REGIMES
+    num_tokens: Sequence[int] = (4096,)  #: steps of forward, backward and plan
+    batches: Sequence[int] = (1, 8, 64, 300, 512)  #: steps of decode
+    peers: Sequence[str] = ()  #: of PEERS; for forward and backward
+    runs: int = 100
+    budget_seconds: float = 120.0  #: of one regime at one size
+    gemm_size: int = 8192  #: of the product that the flop rate is measured by
+    copy_bytes: int = 1 << 30  #: of the array that the bandwidth is measured by
 
 
 def run(
-    workload: Workload,
-    dtype: torch.dtype,
-    *,
-    peer_names: list[str],
-    runs: int = 9,
-    budget_seconds: float = 120.0,
-    num_steps: int = 5,
+    workload: Workload, options: Options, save: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Time ours and the named peers on the same steps; outputs are compared before timing.
+    """Time every regime at every size.
+
+    What follows from the ids alone (the plan; for peers sorting, masks, row numbers) is made before
+    the clock starts, and the plan timed on its own. Peers' outputs are compared before they are
+    timed.
+
+    Args:
+        workload: ids and allocation.
+        options: what to measure.
+        save: gets the result so far after every measurement.
 
     Returns:
-        ``floor`` (seconds, by bytes and by flops), ``bandwidth`` (bytes/s), ``gemm`` (flop/s) and
-        ``results``: name to median, p10, p90 (seconds), ``floors`` (multiple of the floor) and
-        ``difference`` (largest from ours, over the largest output); ``failures``: name to reason of
-        the peers that did not run.
+        JSON values: ``machine``, the workload, ``bandwidth`` (bytes/s), ``gemm`` (flop/s) and
+        ``measurements``, one for each regime and size: ``floor`` (seconds by bytes and by flops),
+        ``results`` (name to median, p10, p90 in seconds, runs, ``fraction`` of the floor and, for a
+        peer, ``difference``: the largest from ours over the largest value) and ``failures`` (name
+        to reason of the peers that did not run).
     """
-    generator = torch.Generator().manual_seed(0)
-    width = workload.d_in + workload.d_emb
-    offsets = torch.tensor(workload.allocation.offsets)
-    table = torch.empty(workload.allocation.total_rows, width, dtype=dtype)
-    for part in table.split(4096):  # drawn in float32, by parts: no second copy of the table
-        part.copy_(torch.randn(part.shape, generator=generator) * 0.03)
-    x = torch.randn(workload.num_tokens, workload.d_in, generator=generator).to(dtype)
-    steps = workload.steps(num_steps)
+    bench = _Bench(workload, options)
+    measurements: list[dict[str, Any]] = []
+    result = {
+        "machine": machine.describe(options.device),
+        "device": options.device.type,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "source": workload.source,
+        "vocab_size": workload.allocation.vocab_size,
+        "table_rows": workload.allocation.total_rows,
+        "table_bytes": bench.table.numel() * bench.table.itemsize,
+        "d_in": options.d_in,
+        "d_emb": options.d_emb,
+        "bandwidth": bench.bandwidth,
+        "gemm": bench.gemm,
+        "measurements": measurements,
+    }
+    for regime in options.regimes:
+        for size in options.batches if regime == "decode" else options.num_tokens:
+            measurements.append(
+                {"regime": regime, "num_tokens": size, **bench.measure(regime, size)}
+            )
+            save(result)
+    return result
 
-    def ours(step: Tensor) -> Tensor:
-        plan = l3ext.plan(step, offsets)
-        return l3ext.segmented_attention(
-            x, table[:, : workload.d_in], table[:, workload.d_in :], plan
+
+class _Bench:
+    """One table on one device, and what is measured with it."""
+
+    def __init__(self, workload: Workload, options: Options) -> None:
+        self.workload, self.options = workload, options
+        self.device = options.device
+        self.clock = timing.clock_of(self.device)
+        self.bandwidth = timing.bandwidth(self.device, nbytes=options.copy_bytes)
+        self.gemm = timing.gemm_rate(options.dtype, self.device, size=options.gemm_size)
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
+        width = options.d_in + options.d_emb
+        self.table = torch.empty(
+            workload.allocation.total_rows, width, dtype=options.dtype, device=self.device
+        )
+        for part in self.table.split(4096):  # drawn by parts: no second copy of it in float32
+            part.copy_(self._draw(*part.shape) * 0.03)
+
+    def measure(self, regime: str, size: int) -> dict[str, Any]:
+        count = _GRAPH_CALLS if regime == "decode" else _STEPS
+        measured = getattr(self, f"_{regime}")(self.workload.steps(count, size, self.device))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next regime's buffers have other sizes
+        return measured
+
+    # --- regimes ----------------------------------------------------------------------------------
+    def _forward(self, steps: list[Tensor]) -> dict[str, Any]:
+        x = self._draw(steps[0].numel(), self.options.d_in)
+
+        def calls(attends: Sequence[Attend]) -> timing.Candidate:
+            return lambda run: functools.partial(attends[run % _STEPS], x, self.table)
+
+        candidates = {"l3ext": calls([self._ours(step) for step in steps])}
+        expected = candidates["l3ext"](0)()
+        differences, failures = {}, {}
+        for name in self.options.peers:
+            try:
+                theirs = calls([PEERS[name](step, self.offsets) for step in steps])
+                outputs = [theirs(i)() for i in range(_STEPS)]  # what compiles here is not timed
+                differences[name] = _difference(outputs[0], expected)
+                candidates[name] = theirs
+            except Exception as error:  # a peer that does not run here is a result too
+                failures[name] = _reason(error)
+        floor = self._floor([shape.forward(*self._sizes()) for shape in self._shapes(steps)])
+        return _described(self._time(candidates), {"": floor}, differences, failures)
+
+    def _backward(self, steps: list[Tensor]) -> dict[str, Any]:
+        """Gradients of x and of the table: of touched rows alone, and of all of it."""
+        x = self._draw(steps[0].numel(), self.options.d_in).requires_grad_()
+        dy = self._draw(steps[0].numel(), self.options.d_emb)
+        table = self.table.detach().requires_grad_()
+
+        def calls(attends: Sequence[Attend]) -> timing.Candidate:
+            def forward(run: int) -> Callable[[], tuple[Tensor, ...]]:
+                y = attends[run % _STEPS](x, table)
+                return lambda: torch.autograd.grad(y, (x, table), dy)
+
+            return forward
+
+        dense = "l3ext, dense gradient"
+        candidates = {
+            "l3ext": calls([self._ours(step, sparse=True) for step in steps]),
+            dense: calls([self._ours(step) for step in steps]),
+        }
+        expected = candidates["l3ext"](0)()
+        differences = {dense: _difference_of_gradients(candidates[dense](0)(), expected)}
+        failures = {}
+        for name in self.options.peers:
+            try:
+                theirs = calls([PEERS[name](step, self.offsets) for step in steps])
+                gradients = [theirs(i)() for i in range(_STEPS)]
+                differences[name] = _difference_of_gradients(gradients[0], expected)
+                candidates[name] = theirs
+            except Exception as error:
+                failures[name] = _reason(error)
+        shapes, every = self._shapes(steps), self.workload.allocation.total_rows
+        floors = {
+            "": self._floor([shape.backward(*self._sizes(), shape.rows) for shape in shapes]),
+            dense: self._floor([shape.backward(*self._sizes(), every) for shape in shapes]),
+        }
+        return _described(self._time(candidates), floors, differences, failures)
+
+    def _decode(self, steps: list[Tensor]) -> dict[str, Any]:
+        """One call of a graph that makes many, and one by itself that nothing runs ahead of.
+
+        The calls of a graph read another batch each: their rows are not in the cache.
+        """
+        x = [self._draw(step.numel(), self.options.d_in) for step in steps]
+        attends = [self._ours(step) for step in steps]
+
+        def attend_all() -> None:
+            for attend, x_i in zip(attends, x, strict=True):
+                attend(x_i, self.table)
+
+        def plan_and_attend_all() -> None:
+            for step, x_i in zip(steps, x, strict=True):
+                self._ours(step)(x_i, self.table)
+
+        attend_graph = timing.captured(attend_all, self.device)
+        whole_graph = timing.captured(plan_and_attend_all, self.device)
+        together = "in a graph" if self.device.type == "cuda" else "back to back"
+        many = self._time(
+            {
+                f"l3ext, {together}": lambda _: attend_graph,
+                f"plan and l3ext, {together}": lambda _: whole_graph,
+            }
+        )
+        times = {name: result.divided_by(len(steps)) for name, result in many.items()}
+
+        def single(run: int) -> Callable[[], Tensor]:
+            i = run % len(steps)
+            return functools.partial(attends[i], x[i], self.table)
+
+        times |= self._time({"l3ext, by itself": single}, ahead=False)
+        floor = self._floor([shape.forward(*self._sizes()) for shape in self._shapes(steps)])
+        return _described(times, {"": floor}, {}, {})
+
+    def _plan(self, steps: list[Tensor]) -> dict[str, Any]:
+        calls = [functools.partial(self._plan_of, step) for step in steps]
+        candidates: dict[str, timing.Candidate] = {"plan": lambda run: calls[run % _STEPS]}
+        if self.device.type == "cuda":
+            graphs = [timing.captured(call, self.device) for call in calls]
+            candidates["plan, in a graph"] = lambda run: graphs[run % _STEPS]
+        return _described(self._time(candidates), {}, {}, {})
+
+    # --- parts ------------------------------------------------------------------------------------
+    def _draw(self, rows: int, columns: int) -> Tensor:
+        drawn = torch.randn(rows, columns, generator=self.generator, device=self.device)
+        return drawn.to(self.options.dtype)
+
+    def _plan_of(self, step: Tensor) -> l3ext.Plan:
+        return l3ext.plan(step, self.offsets, max_rows=self.workload.allocation.max_rows)
+
+    def _ours(self, step: Tensor, *, sparse: bool = False) -> Attend:
+        plan = self._plan_of(step)
+        return lambda x, table: table_attention(x, table, plan, tied=False, sparse=sparse)
+
+    def _shapes(self, steps: list[Tensor]) -> list[StepShape]:
+        return [StepShape.of(step, self.offsets) for step in steps]
+
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.options.d_in, self.options.d_emb, self.options.dtype.itemsize
+
+    def _floor(self, costs: list[Cost]) -> dict[str, float]:
+        """Of the steps' mean cost, seconds by bytes and by flops."""
+        mean = Cost(
+            sum(cost.nbytes for cost in costs) // len(costs),
+            sum(cost.flops for cost in costs) // len(costs),
+        )
+        return mean.seconds(self.bandwidth, self.gemm)
+
+    def _time(
+        self, candidates: Mapping[str, timing.Candidate], *, ahead: bool = True
+    ) -> dict[str, timing.Timing]:
+        return timing.time_interleaved(
+            candidates,
+            clock=self.clock,
+            runs=self.options.runs,
+            budget_seconds=self.options.budget_seconds,
+            ahead=ahead,
         )
 
-    def with_run_number(function: Callable[[Tensor], object]) -> Callable[[int], object]:
-        return lambda run_number: function(steps[run_number % num_steps])
 
-    candidates = {"l3ext": with_run_number(ours)}
-    differences = {"l3ext": 0.0}
-    failures = {}
-    for name in peer_names:
-        peer = functools.partial(_call_peer, PEERS[name](), x, offsets, table)
-        try:  # every step once: what a peer compiles per shape is not timed
-            outputs = [peer(step) for step in steps]
-        except Exception as error:  # a peer that this torch cannot compile is a result too
-            failures[name] = str(error).strip().split("\n")[0][:200]
-            continue
-        expected = ours(steps[0]).float()
-        difference = (outputs[0].float() - expected).abs().max()
-        differences[name] = float(difference / expected.abs().max())
-        candidates[name] = with_run_number(peer)
-    candidates["plan alone"] = with_run_number(lambda step: l3ext.plan(step, offsets))
+def _described(
+    times: Mapping[str, timing.Timing],
+    floors: Mapping[str, dict[str, float]],
+    differences: Mapping[str, float],
+    failures: Mapping[str, str],
+) -> dict[str, Any]:
+    """One measurement; ``floors`` by name, "" for all that have none of their own."""
+    results = {}
+    for name, result in times.items():
+        results[name] = dataclasses.asdict(result)
+        if floor := floors.get(name, floors.get("")):
+            results[name]["fraction"] = max(floor.values()) / result.median
+        if name in differences:
+            results[name]["difference"] = differences[name]
+    return {"floor": floors.get(""), "results": results, "failures": dict(failures)}
 
-    bandwidth, gemm = timing.read_bandwidth(), timing.gemm_rate(dtype)
-    timings = timing.time_interleaved(candidates, runs=runs, budget_seconds=budget_seconds)
-    floors = [
-        floor_seconds(step, offsets, workload, table.itemsize, bandwidth, gemm) for step in steps
-    ]
-    by_bytes, by_flops = (float(np.median(part)) for part in zip(*floors, strict=True))
-    floor = max(by_bytes, by_flops)
-    return {
-        "machine": machine.describe(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "num_tokens": workload.num_tokens,
-        "d_in": workload.d_in,
-        "d_emb": workload.d_emb,
-        "table_rows": workload.allocation.total_rows,
-        "table_bytes": table.numel() * table.itemsize,
-        "bandwidth": bandwidth,
-        "gemm": gemm,
-        "floor": {"bytes": by_bytes, "flops": by_flops},
-        "results": {
-            name: {
-                **dataclasses.asdict(result),
-                "floors": result.median / floor,
-                **({"difference": differences[name]} if name in differences else {}),
-            }
-            for name, result in timings.items()
-        },
-        "failures": failures,
-    }
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    expected = expected.detach().float()
+    return float((got.detach().float() - expected).abs().max() / expected.abs().max())
+
+
+def _difference_of_gradients(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Of (dx, dtable), the larger; ``expected`` has touched rows alone, coalesced."""
+    touched = expected[1]
+    (rows,) = touched.indices()
+    table = got[1].coalesce().to_dense() if got[1].is_sparse else got[1]
+    return max(_difference(got[0], expected[0]), _difference(table[rows], touched.values()))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}"[:200]

@@ -24,21 +24,47 @@ def _first_line(path: str, key: str) -> str:
     return "unknown"
 
 
-def _commit() -> str:
-    """The commit of the checkout that this package is imported from, if it is one."""
+def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def describe() -> dict[str, Any]:
-    """Processor, cores, caches and versions, as JSON values."""
+def _commit() -> str:
+    """The commit of the checkout that this package is imported from, if it is one.
+
+    A copy without its history says it in L3EXT_COMMIT.
+    """
+    folder = str(Path(__file__).parent)
+    return os.environ.get("L3EXT_COMMIT") or _output(
+        ["git", "-C", folder, "describe", "--always", "--dirty"]
+    )
+
+
+def _cuda(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    fields = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    query = [
+        "nvidia-smi",
+        f"--query-gpu={fields}",
+        "--format=csv,noheader",
+        f"--id=GPU-{properties.uuid}",
+    ]
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_cache_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        **dict(zip(fields.split(","), _output(query).split(", "), strict=False)),
+    }
+
+
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, cores, caches and versions, as JSON values; of a CUDA device too if it is one."""
     cache = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return {
         "cpu": _first_line("/proc/cpuinfo", "model name"),
@@ -50,4 +76,5 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "l3ext": l3ext.__version__,
         "commit": _commit(),
+        **(_cuda(device) if device is not None and device.type == "cuda" else {}),
     }

@@ -1,121 +1,236 @@
 """What a user without l3ext would write: the same attention out of torch's own parts.
 
-Every peer takes the step (x [N, d_in], token_ids [N], offsets [V+1], table [v, d_in + d_emb]) and
-returns y [N, d_emb]. What depends on the ids alone (sorting, masks) is inside, as it is in ours.
+Every peer takes what is known before the step runs, its ids [N] and the offsets [V+1], and returns
+``attend(x [N, d_in], table [v, d_in + d_emb]) -> y [N, d_emb]``: sorting, masks and row numbers are
+made outside the measured time, as the plan is for l3ext. All are differentiable; where rows are
+looked up, their gradient is torch's sparse one, of touched rows.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+Attend = Callable[[Tensor, Tensor], Tensor]
+Peer = Callable[[Tensor, Tensor], Attend]
 
-def padded_gather(
-    x: Tensor, token_ids: Tensor, offsets: Tensor, table: Tensor, chunk: int = 64
-) -> Tensor:
+
+def _lookup(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the table; the gradient is sparse where the table wants one."""
+    return F.embedding(rows, table, sparse=table.requires_grad)
+
+
+def _masked_softmax(scores: Tensor, used: Tensor, dtype: torch.dtype) -> Tensor:
+    masked = scores.float().masked_fill(~used, float("-inf"))
+    return torch.softmax(masked, dim=-1).to(dtype)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class _SortedStep:
+    """A step sorted by token id: the order, and each distinct token's queries and rows."""
+
+    def __init__(self, token_ids: Tensor, offsets: Tensor) -> None:
+        self.ids, self.order = torch.sort(token_ids, stable=True)
+        self.inverse = torch.empty_like(self.order)
+        self.inverse[self.order] = torch.arange(self.order.shape[0], device=token_ids.device)
+        self.tokens, self.queries = torch.unique_consecutive(self.ids, return_counts=True)
+        self.first = offsets[self.tokens]
+        self.rows = offsets[self.tokens + 1] - self.first
+
+
+def _row_numbers(first: Tensor, count: Tensor) -> Tensor:
+    """first[0] .. first[0] + count[0], first[1] .. first[1] + count[1], and so on."""
+    start = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
+    return start + torch.arange(start.shape[0], device=first.device)
+
+
+def padded_gather(token_ids: Tensor, offsets: Tensor) -> Attend:
     """Gather every position's rows, padded to the longest, and multiply in batches."""
+    first = offsets[token_ids]
+    count = offsets[token_ids + 1] - first
+    slots = torch.arange(int(count.max()), device=token_ids.device)
+    used = slots < count[:, None]
+    rows = torch.where(used, first[:, None] + slots, first[:, None])
+
+    def attend(x: Tensor, table: Tensor) -> Tensor:
+        d_in = x.shape[1]
+        padded_bytes = slots.shape[0] * table.shape[1] * table.itemsize
+        if x.requires_grad and padded_bytes * x.shape[0] > _memory_bytes(x.device) // 2:
+            raise MemoryError(f"{padded_bytes * x.shape[0]} bytes of rows, kept for the gradient")
+        chunk = max(1, (2 << 30) // padded_bytes)  # all positions at once would not fit either
+        outputs = []
+        for x_i, rows_i, used_i in zip(
+            x.split(chunk), rows.split(chunk), used.split(chunk), strict=True
+        ):
+            gathered = _lookup(table, rows_i)
+            scores = torch.bmm(gathered[..., :d_in], x_i[..., None])[..., 0]
+            weights = _masked_softmax(scores, used_i, x.dtype)
+            outputs.append(torch.bmm(weights[:, None], gathered[..., d_in:])[:, 0])
+        return torch.cat(outputs)
+
+    return attend
+
+
+def _attend_block(x: Tensor, rows: Tensor, tokens: Tensor, owner: Tensor) -> Tensor:
     d_in = x.shape[1]
-    begin, count = offsets[token_ids], offsets[token_ids + 1] - offsets[token_ids]
-    outputs = []
-    for i in range(0, x.shape[0], chunk):  # all positions at once would not fit in memory
-        start, length = begin[i : i + chunk], count[i : i + chunk]
-        slots = torch.arange(int(length.max()))
-        used = slots < length[:, None]
-        rows = table[torch.where(used, start[:, None] + slots, start[:, None])]
-        scores = torch.bmm(rows[..., :d_in], x[i : i + chunk, :, None])[..., 0].float()
-        weights = torch.softmax(scores.masked_fill(~used, float("-inf")), dim=-1).to(x.dtype)
-        outputs.append(torch.bmm(weights[:, None], rows[..., d_in:])[:, 0])
-    return torch.cat(outputs)
+    weights = _masked_softmax(x @ rows[:, :d_in].T, tokens[:, None] == owner, x.dtype)
+    return weights @ rows[:, d_in:]
 
 
-def _sorted_step(
-    token_ids: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Order of the positions; distinct tokens, their query counts, first rows and row counts."""
-    ordered, order = torch.sort(token_ids, stable=True)
-    tokens, queries = torch.unique_consecutive(ordered, return_counts=True)
-    return order, tokens, queries, offsets[tokens], offsets[tokens + 1] - offsets[tokens]
+def masked_blocks(compiled: bool = False, block: int = 512) -> Peer:
+    """Blocks of 512 sorted positions, dense over the union of their rows, masked.
+
+    This is how the paper's listing does it; ``compiled`` by torch.compile.
+    """
+    attend_block = torch.compile(_attend_block, dynamic=True) if compiled else _attend_block
+
+    def prepare(token_ids: Tensor, offsets: Tensor) -> Attend:
+        step = _SortedStep(token_ids, offsets)
+        ids = step.ids.split(block)
+        rows, owners = [], []
+        for ids_i in ids:
+            distinct = torch.unique_consecutive(ids_i)
+            count = offsets[distinct + 1] - offsets[distinct]
+            rows.append(_row_numbers(offsets[distinct], count))
+            owners.append(torch.repeat_interleave(distinct, count))
+
+        def attend(x: Tensor, table: Tensor) -> Tensor:
+            outputs = [
+                attend_block(x_i, _lookup(table, rows_i), ids_i, owner)
+                for x_i, rows_i, ids_i, owner in zip(
+                    x[step.order].split(block), rows, ids, owners, strict=True
+                )
+            ]
+            return torch.cat(outputs)[step.inverse]
+
+        return attend
+
+    return prepare
 
 
-def masked_blocks(
-    x: Tensor, token_ids: Tensor, offsets: Tensor, table: Tensor, block: int = 512
-) -> Tensor:
-    """Blocks of 512 sorted positions, dense over the union of their rows, masked."""
-    d_in = x.shape[1]
-    order = torch.argsort(token_ids, stable=True)
-    y = x.new_empty(x.shape[0], table.shape[1] - d_in)
-    for i in range(0, x.shape[0], block):
-        positions = order[i : i + block]
-        tokens = token_ids[positions]
-        distinct = torch.unique_consecutive(tokens)
-        counts = offsets[distinct + 1] - offsets[distinct]
-        owner = torch.repeat_interleave(distinct, counts)
-        first = torch.repeat_interleave(offsets[distinct] - (counts.cumsum(0) - counts), counts)
-        rows = table[first + torch.arange(owner.shape[0])]
-        scores = (x[positions] @ rows[:, :d_in].T).float()
-        scores.masked_fill_(tokens[:, None] != owner, float("-inf"))
-        y[positions] = torch.softmax(scores, dim=-1).to(x.dtype) @ rows[:, d_in:]
-    return y
-
-
-def segment_loop(x: Tensor, token_ids: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+def segment_loop(token_ids: Tensor, offsets: Tensor) -> Attend:
     """A matrix product per distinct token."""
-    d_in = x.shape[1]
-    order, _, queries, first, count = _sorted_step(token_ids, offsets)
-    sorted_x = x[order]
-    sorted_y = x.new_empty(x.shape[0], table.shape[1] - d_in)
-    q = 0
-    for m, r, d in zip(queries.tolist(), first.tolist(), count.tolist(), strict=True):
-        rows = table[r : r + d]
-        scores = (sorted_x[q : q + m] @ rows[:, :d_in].T).float()
-        torch.mm(torch.softmax(scores, dim=-1).to(x.dtype), rows[:, d_in:], out=sorted_y[q : q + m])
-        q += m
-    y = torch.empty_like(sorted_y)
-    y[order] = sorted_y
-    return y
+    step = _SortedStep(token_ids, offsets)
+    queries, first, count = (part.tolist() for part in (step.queries, step.first, step.rows))
+    numbers = _row_numbers(step.first, step.rows)
+
+    def attend(x: Tensor, table: Tensor) -> Tensor:
+        d_in = x.shape[1]
+        if table.requires_grad:  # a slice of the table itself would have a gradient of its size
+            parts = _lookup(table, numbers).split(count)
+        else:
+            parts = tuple(table[r : r + d] for r, d in zip(first, count, strict=True))
+        outputs = []
+        for x_i, rows in zip(x[step.order].split(queries), parts, strict=True):
+            weights = torch.softmax((x_i @ rows[:, :d_in].T).float(), dim=-1).to(x.dtype)
+            outputs.append(weights @ rows[:, d_in:])
+        return torch.cat(outputs)[step.inverse]
+
+    return attend
 
 
-def flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention, compiled: sorted queries over the gathered rows, a block mask by owner."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def grouped_mm(token_ids: Tensor, offsets: Tensor) -> Attend:
+    """torch's grouped matrix product: segments of like size together, rows padded to a power of 2.
+
+    It takes groups that are ragged in the queries alone.
+    """
+    step = _SortedStep(token_ids, offsets)
+    query_begin = step.queries.cumsum(0) - step.queries
+    buckets = []
+    limit = 8  # 16 bytes of weights in 16 bits, which the kernel asks for
+    smaller = torch.zeros_like(step.rows, dtype=torch.bool)
+    while not bool(smaller.all()):
+        chosen = ((step.rows <= limit) & ~smaller).nonzero()[:, 0]
+        smaller = step.rows <= limit
+        if chosen.numel():
+            slots = torch.arange(limit, device=token_ids.device)
+            used = slots < step.rows[chosen, None]
+            rows = torch.where(used, step.first[chosen, None] + slots, step.first[chosen, None])
+            queries = step.queries[chosen]
+            positions = step.order[_row_numbers(query_begin[chosen], queries)]
+            ends = queries.cumsum(0).to(torch.int32)
+            buckets.append((positions, rows, used.repeat_interleave(queries, 0), ends))
+        limit *= 2
+    inverse = torch.empty_like(step.order)
+    inverse[torch.cat([bucket[0] for bucket in buckets])] = torch.arange(
+        token_ids.shape[0], device=token_ids.device
+    )
+
+    def attend(x: Tensor, table: Tensor) -> Tensor:
+        d_in = x.shape[1]
+        outputs = []
+        for positions, rows, used, ends in buckets:
+            gathered = _lookup(table, rows)
+            keys = gathered[..., :d_in].transpose(-2, -1)
+            scores = torch._grouped_mm(x[positions], keys, offs=ends)
+            weights = _masked_softmax(scores, used, x.dtype)
+            outputs.append(torch._grouped_mm(weights, gathered[..., d_in:], offs=ends))
+        return torch.cat(outputs)[inverse]
+
+    return attend
+
+
+@functools.cache
+def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     # Shapes are fixed at compile time: the compiler's code for dynamic ones does not build (torch
     # 2.13). Rows are padded to a multiple that most steps share.
-    compiled: Any = torch.compile(flex, dynamic=False)
+    return torch.compile(flex, dynamic=False)
+
+
+def flex_attention(token_ids: Tensor, offsets: Tensor) -> Attend:
+    """FlexAttention, compiled: sorted queries over the gathered rows, a block mask by owner."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    step = _SortedStep(token_ids, offsets)
+    device = token_ids.device
     granule = 16384
+    used = int(step.rows.sum())
+    padded = -(-used // granule) * granule
+    owner = torch.full((padded,), -1, device=device)
+    owner[:used] = torch.repeat_interleave(step.tokens, step.rows)
+    rows = torch.zeros(padded, dtype=torch.int64, device=device)
+    rows[:used] = _row_numbers(step.first, step.rows)
 
-    def run(x: Tensor, token_ids: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    def same_token(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return step.ids[q] == owner[kv]
+
+    mask = create_block_mask(
+        same_token, None, None, token_ids.shape[0], padded, device=str(device), BLOCK_SIZE=128
+    )
+
+    def attend(x: Tensor, table: Tensor) -> Tensor:
         d_in = x.shape[1]
-        order, tokens, _, first, count = _sorted_step(token_ids, offsets)
-        used = int(count.sum())
-        padded = -(-used // granule) * granule
-        owner = torch.full((padded,), -1)
-        owner[:used] = torch.repeat_interleave(tokens, count)
-        row = torch.zeros(padded, dtype=torch.int64)
-        start = torch.repeat_interleave(first - (count.cumsum(0) - count), count)
-        row[:used] = start + torch.arange(used)
-        rows = table[row]
-        query_token = token_ids[order]
-
-        def same_token(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return query_token[q] == owner[kv]
-
-        mask = create_block_mask(
-            same_token, None, None, x.shape[0], padded, device="cpu", BLOCK_SIZE=128
-        )
-        sorted_y = compiled(
-            x[order][None, None],
-            rows[None, None, :, :d_in],
-            rows[None, None, :, d_in:],
+        gathered = _lookup(table, rows)
+        sorted_y = _compiled_flex()(
+            x[step.order][None, None],
+            gathered[None, None, :, :d_in],
+            gathered[None, None, :, d_in:],
             block_mask=mask,
             scale=1.0,
         )[0, 0]
-        y = torch.empty_like(sorted_y)
-        y[order] = sorted_y
-        return y
+        return sorted_y[step.inverse]
 
-    return run
+    return attend
+
+
+PEERS: dict[str, Peer] = {
+    "padded gather": padded_gather,
+    "masked 512-row blocks": masked_blocks(),
+    "paper's listing compiled": masked_blocks(compiled=True),
+    "grouped GEMM": grouped_mm,
+    "loop of mm": segment_loop,
+    "FlexAttention": flex_attention,
+}

@@ -1,4 +1,4 @@
-"""One way to time: interleaved, cold, medians with spread."""
+"""One way to time, on the CPU and on CUDA: interleaved, cold caches, medians with spread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +20,10 @@ class Timing:
     p90: float
     runs: int
 
+    def divided_by(self, count: int) -> Timing:
+        """The time of one of ``count`` equal parts of a run."""
+        return Timing(self.median / count, self.p10 / count, self.p90 / count, self.runs)
+
 
 def summarize(seconds: list[float]) -> Timing:
     """Median and spread of a list of measurements."""
@@ -29,47 +34,130 @@ def summarize(seconds: list[float]) -> Timing:
     )
 
 
+class Clock(Protocol):
+    """Measures one call of a function."""
+
+    def measure(self, function: Callable[[], object], *, ahead: bool = True) -> float:
+        """Seconds that the function takes.
+
+        Args:
+            ahead: the host may enqueue the work while the device is still busy with what came
+                before, as in training; otherwise it starts when the device is idle, and its own
+                time counts. On the CPU there is no difference.
+        """
+
+
+class HostClock:
+    """Wall-clock time on the CPU. Callers keep caches cold: every run reads other rows."""
+
+    def measure(self, function: Callable[[], object], *, ahead: bool = True) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """Time between two events of the current stream, the second-level cache cold."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        # Read, not written: dirty lines would be written back in the measured time. Long enough
+        # that the host is ahead when the device comes to the work.
+        self._flush = torch.ones(max(4 * cache_bytes, 1 << 29) // 4, device=device)
+        self._device = device
+
+    def measure(self, function: Callable[[], object], *, ahead: bool = True) -> float:
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        self._flush.sum()
+        if not ahead:
+            torch.cuda.synchronize(self._device)
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+#: Gets the number of a run, by which it picks its input, prepares it, and returns what to time.
+Candidate = Callable[[int], Callable[[], Any]]
+
+
 def time_interleaved(
-    candidates: Mapping[str, Callable[[int], object]],
+    candidates: Mapping[str, Candidate],
     *,
+    clock: Clock,
     runs: int,
     budget_seconds: float = 60.0,
+    ahead: bool = True,
 ) -> dict[str, Timing]:
     """Time candidates in turn, forth and back, so that a drift of the machine meets all alike.
 
     Args:
-        candidates: name to function of the run's number, which it uses to pick its input: another
-            one each run keeps caches cold. Run 0 warms up and is not counted.
+        candidates: by name; another input each run keeps caches cold. Run 0 warms up and is not
+            counted.
+        clock: of the device that the candidates run on.
         runs: measured runs of each; a candidate that has used its share of the time stops earlier,
             never before 3.
         budget_seconds: for all candidates together.
+        ahead: see :meth:`Clock.measure`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     share = budget_seconds / max(1, len(candidates))
-    for function in candidates.values():
-        function(0)
+    for candidate in candidates.values():
+        clock.measure(candidate(0), ahead=ahead)
     for run in range(1, runs + 1):
         order = list(candidates)[:: 1 if run % 2 else -1]
         for name in order:
             done = seconds[name]
             if len(done) >= 3 and sum(done) > share:
                 continue
-            start = time.perf_counter()
-            candidates[name](run)
-            done.append(time.perf_counter() - start)
+            done.append(clock.measure(candidates[name](run), ahead=ahead))
     return {name: summarize(values) for name, values in seconds.items()}
 
 
-def read_bandwidth(megabytes: int = 1024, runs: int = 5) -> float:
-    """Bytes a second that all threads together read from memory: a sum over an array."""
-    array = torch.ones(megabytes * (1 << 20) // 4)
-    timing = time_interleaved({"sum": lambda _: array.sum()}, runs=runs)["sum"]
-    return array.numel() * 4 / timing.median
+def bandwidth(device: torch.device, *, nbytes: int, runs: int = 9) -> float:
+    """Bytes a second of memory: on CUDA read and written by a copy, on the CPU read by a sum.
+
+    Args:
+        device: whose memory.
+        nbytes: of the array.
+        runs: measured; the median counts.
+    """
+    source = torch.ones(nbytes // 4, device=device)
+    if device.type == "cuda":
+        target = torch.empty_like(source)
+        return 2 * nbytes / _median(lambda: target.copy_(source), device, runs)
+    return nbytes / _median(source.sum, device, runs)
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 2048, runs: int = 5) -> float:
+def gemm_rate(dtype: torch.dtype, device: torch.device, *, size: int, runs: int = 9) -> float:
     """Floating-point operations a second of a square matrix product in ``dtype``."""
-    a = torch.randn(size, size).to(dtype)
-    b = torch.randn(size, size).to(dtype)
-    timing = time_interleaved({"mm": lambda _: a @ b}, runs=runs)["mm"]
-    return 2 * size**3 / timing.median
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _median(lambda: a @ b, device, runs)
+
+
+def _median(function: Callable[[], object], device: torch.device, runs: int) -> float:
+    clock = clock_of(device)
+    return time_interleaved({"": lambda _: function}, clock=clock, runs=runs)[""].median
+
+
+def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """``function`` as one CUDA graph; on the CPU, where there are none, itself."""
+    if device.type != "cuda":
+        return function
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # what happens on a first call only must not be captured
+        function()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay

@@ -11,11 +11,35 @@ import typer
 from l3ext.cli._output import JsonOption, print_json, remark
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
+
+    from l3ext.bench.workload import Workload
 
 app = typer.Typer(help="Measure kernels and runtime on this machine.", no_args_is_help=True)
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Sizes that a machine's memory and patience allow.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "dtype": ["float32", "bfloat16"],
+        "num_tokens": [4096],
+        "batch": [1, 8, 64],
+        "d_in": 1024,
+        "d_emb": 512,
+        "runs": 9,
+        "gemm_size": 2048,
+    },
+    "cuda": {
+        "dtype": ["bfloat16"],
+        "num_tokens": [16384, 65536],
+        "batch": [1, 8, 64, 300, 512],
+        "d_in": 2048,
+        "d_emb": 1024,
+        "runs": 100,
+        "gemm_size": 8192,
+    },
+}
 
 
 @app.callback()
@@ -27,76 +51,100 @@ def _group() -> None:
 def attention(
     text: Annotated[
         list[Path] | None,
-        typer.Argument(help="Text files, one document a line; else the Python standard library."),
+        typer.Argument(
+            help="Text files, one document a line; else Zipf's law on CUDA, and on the CPU the "
+            "Python standard library."
+        ),
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Ids of the BPE trained on the text.")] = 16384,
-    rows_per_token: Annotated[int, typer.Option(help="Table rows over the vocabulary.")] = 4,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    regime: Annotated[
+        list[str] | None, typer.Option(help="forward, backward, decode or plan; repeatable.")
+    ] = None,
+    zipf: Annotated[bool, typer.Option("--zipf", help="Zipf's law, on the CPU too.")] = False,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Ids: of the BPE trained on the text, 16384; Zipf: 180000.")
+    ] = None,
+    total_rows: Annotated[
+        int | None, typer.Option(help="Rows of the table: text: 4 an id; Zipf: 710000.")
+    ] = None,
     max_rows: Annotated[int, typer.Option(help="Most rows a token owns.")] = 512,
-    num_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 4096,
-    d_in: Annotated[int, typer.Option(help="Width of queries and keys.")] = 1024,
-    d_emb: Annotated[int, typer.Option(help="Width of values.")] = 512,
+    num_tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a step; repeatable. Not for decode.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a decode step; repeatable.")
+    ] = None,
+    d_in: Annotated[int | None, typer.Option(help="Width of queries and keys.")] = None,
+    d_emb: Annotated[int | None, typer.Option(help="Width of values.")] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16, float16 or float64; repeatable.")
     ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="A peer by name, repeatable; 'none' for none.")
     ] = None,
-    runs: Annotated[int, typer.Option(help="Measured runs of each.")] = 9,
-    budget: Annotated[float, typer.Option(help="Seconds for all runs of one dtype.")] = 120.0,
+    runs: Annotated[int | None, typer.Option(help="Measured runs of each.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds for one regime at one size.")] = 120.0,
     output: Annotated[Path | None, typer.Option(help="Also write the result there, JSON.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segmented attention on real tokens, beside what users write today.
+    """Segmented attention beside what users write today.
 
-    Prints each one's median time and its multiple of the floor: the larger of bytes over the read
-    bandwidth and flops over the matrix product's rate, both measured in the same process.
+    Prints each one's median time and how much of it the floor is: the larger of bytes over the
+    memory's bandwidth and flops over the matrix product's rate, both measured in the same process.
 
     Examples:
 
       l3ext bench attention
 
+      l3ext bench attention --device cuda --regime decode --batch 1 --batch 512
+
       l3ext bench attention corpus.txt --num-tokens 16384 --dtype bfloat16 --peer none --json
     """
-    import torch
-
     from l3ext._files import atomic_path
-    from l3ext.bench.attention import PEERS, run
-    from l3ext.bench.workload import from_documents, standard_library_documents
-    from l3ext.corpus import read_documents
+    from l3ext.bench.attention import REGIMES, Options, run
+    from l3ext.bench.peers import PEERS
 
-    names = list(PEERS) if not peer else [name for name in peer if name != "none"]
-    for name in names:
-        if name not in PEERS:
-            raise ValueError(f"--peer: expected one of {', '.join(PEERS)} or none, got {name!r}")
-    dtypes = dtype or ["float32", "bfloat16"]
+    place = _device(device)
+    defaults = _DEFAULTS[place.type]
+    peers = list(PEERS) if not peer else [name for name in peer if name != "none"]
+    _check_names("--peer", peers, (*PEERS, "none"))
+    regimes = regime or list(REGIMES)
+    _check_names("--regime", regimes, REGIMES)
+    dtypes = dtype or defaults["dtype"]
+    _check_names("--dtype", dtypes, _DTYPES)
+    sizes, batches = num_tokens or defaults["num_tokens"], batch or defaults["batch"]
+    count = defaults["runs"] if runs is None else runs
+    for option, values in (("--num-tokens", sizes), ("--batch", batches), ("--runs", [count])):
+        if min(values) < 1:
+            raise ValueError(f"{option}: expected 1 or more, got {min(values)}")
+    largest = max([*sizes, *batches])
+    remark("making the workload")
+    by_law = zipf or (place.type == "cuda" and not text)
+    workload = _workload(text, by_law, vocab_size, total_rows, max_rows, largest)
+    results: list[dict[str, Any]] = []
     for name in dtypes:
-        if name not in _DTYPES:
-            raise ValueError(f"--dtype: expected one of {', '.join(_DTYPES)}, got {name!r}")
-    remark("tokenising and allocating")
-    workload = from_documents(
-        list(read_documents(text)) if text else standard_library_documents(),
-        vocab_size=vocab_size,
-        rows_per_token=rows_per_token,
-        max_rows=max_rows,
-        num_tokens=num_tokens,
-        d_in=d_in,
-        d_emb=d_emb,
-    )
-    results = []
-    for name in dtypes:
-        remark(f"measuring {name}")
-        results.append(
-            run(
-                workload,
-                getattr(torch, name),
-                peer_names=names,
-                runs=runs,
-                budget_seconds=budget,
-            )
+
+        def save(result: dict[str, Any]) -> None:
+            last = result["measurements"][-1]
+            remark(f"{result['dtype']}: {last['regime']}, {last['num_tokens']} tokens: measured")
+            if output is not None:
+                with atomic_path(output) as temporary:
+                    temporary.write_text(json.dumps([*results, result], indent=2) + "\n")
+
+        options = Options(
+            place,
+            _dtype(name),
+            d_in=d_in or defaults["d_in"],
+            d_emb=d_emb or defaults["d_emb"],
+            regimes=regimes,
+            num_tokens=sizes,
+            batches=batches,
+            peers=peers,
+            runs=count,
+            budget_seconds=budget,
+            gemm_size=defaults["gemm_size"],
         )
-    if output is not None:
-        with atomic_path(output) as temporary:
-            temporary.write_text(json.dumps(results, indent=2) + "\n")
+        results.append(run(workload, options, save))
     if as_json:
         print_json(results)
         return
@@ -104,37 +152,108 @@ def attention(
 
     console = Console()
     for result in results:
-        console.print(_table(result))
+        for measurement in result["measurements"]:
+            console.print(_table(result, measurement))
+            for name, reason in measurement["failures"].items():
+                console.print(f"{name} did not run: {reason}", markup=False)
+        console.print(_conditions(result))
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _check_names(option: str, names: list[str], known: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    import l3ext
+
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"--device {name}: torch finds no CUDA device here")
+        if not l3ext.has_cuda:
+            raise RuntimeError(f"--device {name}: this build of l3ext has no CUDA kernels")
+    return device
+
+
+def _workload(
+    text: list[Path] | None,
+    by_law: bool,
+    vocab_size: int | None,
+    total_rows: int | None,
+    max_rows: int,
+    largest: int,
+) -> Workload:
+    from l3ext.bench.workload import from_documents, from_zipf, standard_library_documents
+    from l3ext.corpus import read_documents
+
+    if by_law:
+        if text:
+            raise ValueError("--zipf: expected no text beside it")
+        given = {"vocab_size": vocab_size, "total_rows": total_rows}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        return from_zipf(num_tokens=4 * largest, max_rows=max_rows, **wanted)
+    return from_documents(
+        list(read_documents(text)) if text else standard_library_documents(),
+        source=", ".join(path.name for path in text) if text else "Python standard library",
+        vocab_size=16384 if vocab_size is None else vocab_size,
+        total_rows=total_rows,
+        max_rows=max_rows,
+    )
+
+
+def _table(result: dict[str, Any], measurement: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    floor = result["floor"]
-    table = Table(
-        title=(
-            f"{result['dtype']}, N = {result['num_tokens']}, d_in = {result['d_in']}, "
-            f"d_emb = {result['d_emb']}, table {result['table_bytes'] / 2**20:.0f} MiB"
-        ),
-        caption=(
-            f"floor {1e3 * max(floor.values()):.2f} ms: bytes {1e3 * floor['bytes']:.2f} ms at "
-            f"{result['bandwidth'] / 1e9:.1f} GB/s, flops {1e3 * floor['flops']:.2f} ms at "
-            f"{result['gemm'] / 1e9:.0f} GFLOP/s; {result['machine']['cpu']}, "
-            f"{result['machine']['threads']} threads, {result['machine']['isa']}"
-        ),
+    floor = measurement["floor"]
+    caption = (
+        "no floor"
+        if floor is None
+        else (
+            f"floor {1e6 * max(floor.values()):.1f} µs: bytes {1e6 * floor['bytes']:.1f} µs, "
+            f"flops {1e6 * floor['flops']:.1f} µs"
+        )
     )
-    for column in ("", "median ms", "p10 to p90 ms", "x floor", "x l3ext", "difference"):
+    table = Table(
+        title=f"{measurement['regime']}, {measurement['num_tokens']} tokens, {result['dtype']}",
+        caption=caption,
+    )
+    for column in ("", "median µs", "p10 to p90", "runs", "of floor", "x l3ext", "difference"):
         table.add_column(column, justify="left" if not column else "right")
-    ours = result["results"]["l3ext"]["median"]
-    for name, row in result["results"].items():
+    ours = next(iter(measurement["results"].values()))["median"]
+    for name, row in measurement["results"].items():
         table.add_row(
             name,
-            f"{1e3 * row['median']:.2f}",
-            f"{1e3 * row['p10']:.2f} to {1e3 * row['p90']:.2f}",
-            f"{row['floors']:.2f}",
+            f"{1e6 * row['median']:.1f}",
+            f"{1e6 * row['p10']:.1f} to {1e6 * row['p90']:.1f}",
+            str(row["runs"]),
+            f"{100 * row['fraction']:.1f} %" if "fraction" in row else "",
             f"{row['median'] / ours:.2f}",
             f"{row['difference']:.1e}" if "difference" in row else "",
         )
-    for name, reason in result["failures"].items():
-        table.add_row(name, "failed", reason)
     return table
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    if result["device"] == "cuda":
+        where = f"{machine['gpu']}, driver {machine['driver_version']}"
+    else:
+        where = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    return (
+        f"{result['source']}, {result['vocab_size']} ids, {result['table_rows']} rows of "
+        f"{result['d_in']} + {result['d_emb']} ({result['table_bytes'] / 2**20:.0f} MiB); "
+        f"{result['bandwidth'] / 1e9:.1f} GB/s, {result['gemm'] / 1e12:.2f} TFLOP/s; {where}"
+    )
