@@ -47,8 +47,8 @@ inline DeviceLimits device_limits() {
   return {multiprocessors, shared_bytes};
 }
 
-// Blocks of `kernel` that run at the same time on the whole device; 0: it does not fit. Asked once
-// per kernel, device and size: the answer costs some microseconds, as much as a launch.
+// Blocks of `kernel` that run at the same time on the whole device, one or more; throws where it
+// does not fit. Asked once per kernel, device and size: the answer costs some microseconds.
 template <typename Args>
 int resident_blocks(void (*kernel)(Args), int threads, int64_t shared_bytes) {
   const auto* function = reinterpret_cast<const void*>(kernel);
