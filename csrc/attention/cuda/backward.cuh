@@ -75,33 +75,40 @@ struct StoredWeights {
   }
 };
 
-// Sums the gradients of up to 8 * Tiles rows over all queries of a segment, 64 columns: tiles of
-// d_in come first, then those of d_emb. `first` is the gradient row of weights row 0; one warp.
-template <typename T, int Tiles, typename Weights>
-__device__ inline void sum_row_gradients(const BackwardArgs& a, int query_begin, int queries,
-                                         const Weights& p, const Weights& ds, int rows,
-                                         int64_t first, int tile) {
-  const int32_t* permutation = a.permutation + query_begin;
-  const int key_tiles = a.d_in / kTileColumns;
-  const bool of_keys = tile < key_tiles;
-  const int column = (of_keys ? tile : tile - key_tiles) * kTileColumns;
-  ColumnSums<T, Tiles, 1> sums;
-  sums.clear();
-  sums.tiles = (rows + kTileQueries - 1) / kTileQueries;
-  if (of_keys) {
-    const GatheredRows<T> x{static_cast<const T*>(a.x) + column, a.x_stride, permutation};
-    sums.run(x, 0, queries, ds);
+// Columns [64 * tile, +64) of row gradients: tiles of d_in come first, then those of d_emb.
+template <typename T>
+struct GradientTile {
+  bool of_keys;             // weights are ds and queries x; otherwise p and dy
+  bool tied;                // of_keys, and p and dy are to be added
+  GatheredRows<T> queries;  // x or dy
+  GatheredRows<T> dy;       // read where tied
+  T* target;                // of the segment's first row
+  int stride;
+
+  __device__ GradientTile(const BackwardArgs& a, int segment, int query_begin, int tile) {
+    const int key_tiles = a.d_in / kTileColumns;
+    of_keys = tile < key_tiles;
+    tied = of_keys && a.dvalues == nullptr;
+    const int column = (of_keys ? tile : tile - key_tiles) * kTileColumns;
+    dy = {static_cast<const T*>(a.dy) + column, a.dy_stride, a.permutation + query_begin};
+    queries = dy;
+    if (of_keys) {
+      queries.base = static_cast<const T*>(a.x) + column;
+      queries.stride = a.x_stride;
+    }
+    stride = of_keys ? a.dkey_stride : a.dvalue_stride;
+    target = static_cast<T*>(of_keys ? a.dkeys : a.dvalues) +
+             first_gradient_row(a, segment) * stride + column;
   }
-  if (!of_keys || a.dvalues == nullptr) {
-    const GatheredRows<T> dy{static_cast<const T*>(a.dy) + column, a.dy_stride, permutation};
-    sums.run(dy, 0, queries, p);
+
+  template <typename Sums>
+  __device__ void store(Sums& sums, int first, int rows) const {
+    sums.finish([&](int row, int column, const float (&v)[kVector<T>]) {
+      if (row >= rows) return;
+      store_vector<T>(target + static_cast<int64_t>(first + row) * stride + column, v);
+    });
   }
-  T* target = (of_keys ? static_cast<T*>(a.dkeys) : static_cast<T*>(a.dvalues)) + column;
-  const int stride = of_keys ? a.dkey_stride : a.dvalue_stride;
-  sums.finish([&](int row, int c, const float (&v)[kVector<T>]) {
-    if (row < rows) store_vector<T>(target + (first + row) * stride + c, v);
-  });
-}
+};
 
 __device__ inline int gradient_tiles(const BackwardArgs& a) {
   return (a.d_in + (a.dvalues == nullptr ? 0 : a.d_emb)) / kTileColumns;
@@ -183,7 +190,7 @@ __device__ inline void store_weights(const float* weights, int stride, int rows,
   }
 }
 
-template <typename T, int Tiles, bool Staged>
+template <typename T, int Tiles, bool Staged, bool Tied>
 __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& schedule,
                                        const SegmentRows<T>& rows, int segment, int query_begin,
                                        int queries) {
@@ -239,21 +246,34 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
                      target_stride);
     return;
   }
-  constexpr int kRowTiles = Staged ? 4 : sizeof(T) == 2 ? 2 : 1;
-  const int64_t first = first_gradient_row(a, segment);
-  for (int tile = warp(); tile < gradient_tiles(a); tile += kWarps) {
+  // The block holds all queries: they stay in registers while the rows pass.
+  constexpr int kRowTiles = Staged ? 4 : 1;
+  constexpr int kSteps = (Tiles * kTileQueries + kRowStep<T> - 1) / kRowStep<T>;
+  for (int i = warp(); i < gradient_tiles(a); i += kWarps) {
+    const GradientTile<T> tile(a, segment, query_begin, i);
+    HeldRows<T, kSteps> held;
+    held.load(tile.queries, queries);
+    const float* weights = tile.of_keys ? ds : p;
     for (int r = 0; r < rows.count; r += kRowTiles * kTileQueries) {
-      const TransposedWeights of_p{p + r, stride, rows.count - r, padded};
-      const TransposedWeights of_ds{ds + r, stride, rows.count - r, padded};
-      sum_row_gradients<T, kRowTiles>(a, query_begin, queries, of_p, of_ds,
-                                      min(rows.count - r, kRowTiles * kTileQueries), first + r,
-                                      tile);
+      const int count = min(rows.count - r, kRowTiles * kTileQueries);
+      ColumnSums<T, kRowTiles, 1> sums;
+      sums.clear();
+      sums.tiles = (count + kTileQueries - 1) / kTileQueries;
+      sums.add(held, TransposedWeights{weights + r, stride, count, padded});
+      if constexpr (Tied) {
+        if (tile.of_keys) {
+          sums.run(tile.dy, 0, queries, TransposedWeights{p + r, stride, count, padded});
+        }
+      }
+      tile.store(sums, r, count);
     }
   }
 }
 
-template <typename T, int Tiles, bool Staged>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, Staged>)
+// Tied has an instance of its own: in the others its code would make registers spill.
+template <typename T, int Tiles, bool Staged, bool Tied>
+__global__ void __launch_bounds__(
+    kThreads, kBlocksPerMultiprocessor<T, Staged || (Tied && kTiedNeedsRegisters)>)
     query_gradients_kernel(BackwardArgs a) {
   const Schedule schedule = carve_schedule(a.schedule, a.num_tokens);
   const ScheduleHeader& header = *schedule.header;
@@ -270,8 +290,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, Staged>)
       continue;
     }
     for (int q = 0; q < chunk.queries; q += Tiles * kTileQueries) {
-      query_gradients<T, Tiles, Staged>(a, schedule, rows, chunk.segment, chunk.query_begin + q,
-                                        min(chunk.queries - q, Tiles * kTileQueries));
+      query_gradients<T, Tiles, Staged, Tied>(a, schedule, rows, chunk.segment,
+                                              chunk.query_begin + q,
+                                              min(chunk.queries - q, Tiles * kTileQueries));
       __syncthreads();  // the next chunk's scores take this one's place
     }
   }
@@ -300,17 +321,24 @@ __global__ void __launch_bounds__(kThreads, 1) row_gradients_kernel(BackwardArgs
     const int segment = schedule.segment_order[unit / (row_groups * tile_groups)];
     const auto rows = rows_of<T>(a.table, segment);
     const int r = static_cast<int>(unit / tile_groups % row_groups) * kRows;
-    const int tile = static_cast<int>(unit % tile_groups) * kWarps + warp();
-    if (r >= rows.count || tile >= tiles) continue;
+    const int i = static_cast<int>(unit % tile_groups) * kWarps + warp();
+    if (r >= rows.count || i >= tiles) continue;
     const int begin = a.segment_queries[segment];
     const int queries = a.segment_queries[segment + 1] - begin;
     const int64_t stride = (queries + 7) / 8 * 8;
     const int64_t from = schedule.segment_weights[segment] + r * stride;
     const int count = min(rows.count - r, kRows);
-    const StoredWeights<T> p{static_cast<const T*>(a.p_weights) + from, stride, count};
-    const StoredWeights<T> ds{static_cast<const T*>(a.ds_weights) + from, stride, count};
-    sum_row_gradients<T, kGradientTiles<T>>(a, begin, queries, p, ds, count,
-                                            first_gradient_row(a, segment) + r, tile);
+    const GradientTile<T> tile(a, segment, begin, i);
+    ColumnSums<T, kGradientTiles<T>, 1> sums;
+    sums.clear();
+    sums.tiles = (count + kTileQueries - 1) / kTileQueries;
+    const auto* weights = static_cast<const T*>(tile.of_keys ? a.ds_weights : a.p_weights);
+    sums.run(tile.queries, 0, queries, StoredWeights<T>{weights + from, stride, count});
+    if (tile.tied) {
+      const auto* p = static_cast<const T*>(a.p_weights);
+      sums.run(tile.dy, 0, queries, StoredWeights<T>{p + from, stride, count});
+    }
+    tile.store(sums, r, count);
   }
 }
 
@@ -355,7 +383,9 @@ __global__ void __launch_bounds__(kThreads) zero_gaps_kernel(BackwardArgs a) {
 // --- launch --------------------------------------------------------------------------------------
 template <typename T, int Tiles, bool Staged>
 void launch_query_gradients(const BackwardArgs& args, int64_t most_chunks, Stream stream) {
-  const auto kernel = query_gradients_kernel<T, Tiles, Staged>;
+  const bool tied = args.dkeys != nullptr && args.dvalues == nullptr;
+  const auto kernel = tied ? query_gradients_kernel<T, Tiles, Staged, true>
+                           : query_gradients_kernel<T, Tiles, Staged, false>;
   const int64_t shared = backward_shared_bytes(Tiles, args.table.max_rows);
   const int resident = resident_blocks(kernel, kThreads, shared);
   launch(kernel, static_cast<int>(min(most_chunks, static_cast<int64_t>(resident))), kThreads,

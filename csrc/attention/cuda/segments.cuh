@@ -220,12 +220,14 @@ class StagedQueries {
   int index_ = -1;  // of the chunk in use
 };
 
-// Blocks of 16 rows that a warp multiplies at a time in dense chunks. With four of them ptxas 13.0
-// spills on sm_100.
+// Where ptxas 13.0 spills on sm_100 and nowhere else: with four blocks of 16 rows that a warp of a
+// dense chunk multiplies at a time, and with two blocks of tied row gradients a multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 inline constexpr int kMostRowBlocks = 2;
+inline constexpr bool kTiedNeedsRegisters = true;
 #else
 inline constexpr int kMostRowBlocks = 4;
+inline constexpr bool kTiedNeedsRegisters = false;
 #endif
 
 // --- scores --------------------------------------------------------------------------------------

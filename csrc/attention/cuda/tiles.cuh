@@ -258,6 +258,35 @@ struct SharedWeights {
 };
 
 // --- column sums ---------------------------------------------------------------------------------
+// Of 64 columns and kRowStep rows, what a lane loads for a ColumnSums: four rows, 16 bytes each.
+template <typename T>
+__device__ inline int first_row_of_lane() {
+  return 4 * (sizeof(T) == 2 ? lane() % 4 : lane() / 16);
+}
+template <typename T>
+__device__ inline int first_column_of_lane() {
+  return sizeof(T) == 2 ? 8 * (lane() / 4) : 4 * (lane() % 16);
+}
+
+// Rows [0, end) held in registers, for sums with many sets of weights; 0 < end <= Steps * kRowStep.
+template <typename T, int Steps>
+struct HeldRows {
+  uint4 rows[Steps][4];
+
+  template <typename RowsOf>
+  __device__ void load(const RowsOf& rows_of, int end) {
+#pragma unroll
+    for (int s = 0; s < Steps; ++s) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int r = s * kRowStep<T> + first_row_of_lane<T>() + j;
+        rows[s][j] = load_streaming(rows_of(min(r, end - 1)) + first_column_of_lane<T>());
+        if (r >= end) rows[s][j] = {0, 0, 0, 0};
+      }
+    }
+  }
+};
+
 template <typename T, int Tiles, int Depth>
 struct ColumnSums {
   static constexpr bool kMma = sizeof(T) == 2;
@@ -267,16 +296,9 @@ struct ColumnSums {
   int tiles = Tiles;  // that have queries; the others stay zero
   static_assert(kMma || Tiles == 1);
 
-  static constexpr int kRowsPerLane = 4;
-
   struct Fragments {
-    uint4 rows[Depth][kRowsPerLane];
+    uint4 rows[Depth][4];
   };
-
-  __device__ static int first_row_of_lane() { return 4 * (kMma ? lane() % 4 : lane() / 16); }
-  __device__ static int first_column_of_lane() {
-    return kMma ? 8 * (lane() / 4) : 4 * (lane() % 16);
-  }
 
   __device__ void clear() {
 #pragma unroll
@@ -299,9 +321,9 @@ struct ColumnSums {
 #pragma unroll
       for (int d = 0; d < Depth; ++d) {
 #pragma unroll
-        for (int j = 0; j < kRowsPerLane; ++j) {
-          const int r = row + d * kRowStep<T> + first_row_of_lane() + j;
-          f.rows[d][j] = load_streaming(rows(min(r, end - 1)) + first_column_of_lane());
+        for (int j = 0; j < 4; ++j) {
+          const int r = row + d * kRowStep<T> + first_row_of_lane<T>() + j;
+          f.rows[d][j] = load_streaming(rows(min(r, end - 1)) + first_column_of_lane<T>());
         }
       }
     };
@@ -317,18 +339,26 @@ struct ColumnSums {
           // A row past the end would only meet weights of zero; but zero times infinity is not
           // zero.
 #pragma unroll
-          for (int j = 0; j < kRowsPerLane; ++j) {
-            if (r + first_row_of_lane() + j >= end) current.rows[d][j] = {0, 0, 0, 0};
+          for (int j = 0; j < 4; ++j) {
+            if (r + first_row_of_lane<T>() + j >= end) current.rows[d][j] = {0, 0, 0, 0};
           }
-          multiply(current.rows[d], weights, r + first_row_of_lane());
+          multiply(current.rows[d], weights, r + first_row_of_lane<T>());
         }
       }
       current = next;
     }
   }
 
+  template <int Steps, typename Weights>
+  __device__ void add(const HeldRows<T, Steps>& held, const Weights& weights) {
+#pragma unroll
+    for (int s = 0; s < Steps; ++s) {
+      multiply(held.rows[s], weights, s * kRowStep<T> + first_row_of_lane<T>());
+    }
+  }
+
   template <typename Weights>
-  __device__ void multiply(const uint4 (&v)[kRowsPerLane], const Weights& weights, int row) {
+  __device__ void multiply(const uint4 (&v)[4], const Weights& weights, int row) {
     if constexpr (kMma) {
       // Transposes 4 rows x 8 columns per lane into operands: set i holds columns 8 g + i and
       // 8 g + i + 4 of this lane's rows.
@@ -390,7 +420,7 @@ struct ColumnSums {
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) v[i] = c[i][n][j], v[i + 4] = c[i][n][j + 2];
-          store(n * kTileQueries + 2 * (lane() % 4) + j, first_column_of_lane(), v);
+          store(n * kTileQueries + 2 * (lane() % 4) + j, first_column_of_lane<T>(), v);
         }
       }
     } else {
@@ -400,7 +430,7 @@ struct ColumnSums {
         for (int i = 0; i < 4; ++i) {
           v[i] = c[q][0][i] + __shfl_xor_sync(0xffffffffu, c[q][0][i], 16);
         }
-        if (q / 4 == lane() / 16) store(q, first_column_of_lane(), v);
+        if (q / 4 == lane() / 16) store(q, first_column_of_lane<T>(), v);
       }
     }
   }
