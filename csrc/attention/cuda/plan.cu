@@ -31,7 +31,7 @@ struct Workspace {
   size_t storage_bytes;
 };
 
-// Keys are tokens, and vocab_size for what is none.
+// Keys are tokens, and vocab_size for what is none. A sort needs a bit.
 int token_key_bits(int64_t vocab_size) {
   return std::max<int>(std::bit_width(static_cast<uint64_t>(vocab_size)), 1);
 }
@@ -74,10 +74,12 @@ int64_t workspace_bytes(int64_t num_tokens, int key_bits) {
 Workspace checked_workspace(const Launch& launch, int64_t num_tokens, int key_bits) {
   Carver carver(static_cast<std::byte*>(launch.workspace));
   const Workspace w = carve(carver, num_tokens, key_bits);
-  const int64_t needed = static_cast<int64_t>(carver.bytes());
-  L3EXT_CHECK(launch.workspace != nullptr && launch.workspace_bytes >= needed,
-              "workspace: expected at least ", needed, " bytes for ", num_tokens, " tokens, got ",
-              launch.workspace == nullptr ? 0 : launch.workspace_bytes);
+  const auto needed = static_cast<int64_t>(carver.bytes());
+  L3EXT_CHECK(launch.workspace_bytes >= needed, "workspace: expected ", needed, " bytes for ",
+              num_tokens, " tokens, got ", launch.workspace_bytes);
+  L3EXT_CHECK(
+      launch.workspace != nullptr && reinterpret_cast<uintptr_t>(launch.workspace) % 256 == 0,
+      "workspace: expected an address aligned to 256 bytes, got ", launch.workspace);
   return w;
 }
 

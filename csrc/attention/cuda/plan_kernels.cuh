@@ -301,7 +301,7 @@ __device__ inline void schedule_in_block(const ScheduleArgs& a, const BlockArray
   a.order[stable_rank(a.keys)] = i;
   __syncthreads();
   const SegmentWork element = WorkInOrder{a.work, a.order}(i);
-  __syncthreads();
+  __syncthreads();  // the sums overwrite what was read, and in a lone warp the scan has no barrier
   a.sums[i] = block_inclusive_scan(element, arrays.sums_of_warps);
   __syncthreads();
   write_schedule(a, i, num_segments);
@@ -309,9 +309,10 @@ __device__ inline void schedule_in_block(const ScheduleArgs& a, const BlockArray
 
 __device__ inline void use_block_arrays(ScheduleArgs& a, const BlockArrays& arrays) {
   a.keys = arrays.keys;
-  a.order = reinterpret_cast<int32_t*>(arrays.sorted_keys);  // which the segments are made from
   a.work = arrays.work;
-  a.sums = arrays.work;  // as the order, in the place of what has been read
+  // What has been read by then makes room: the tokens for the order, the work for its sums.
+  a.order = reinterpret_cast<int32_t*>(arrays.sorted_keys);
+  a.sums = arrays.work;
 }
 
 // One block of at least num_tokens threads, whole warps.
