@@ -244,6 +244,10 @@ void what_does_not_fit_is_refused_by_name() {
   EXPECT(names("dkeys", [](auto& p, auto&) { p.dkeys.stride = 68; }));
   EXPECT(names("dvalues", [](auto& p, auto&) { p.dvalues.stride = 68; }));
   EXPECT(names("workspace", [](auto&, auto& launch) { launch.workspace_bytes -= 1; }));
+  EXPECT(names("schedule", [](auto& p, auto&) {
+    p.plan.num_tokens = 0;
+    p.plan.schedule = nullptr;
+  }));
   step.max_rows = 4096;  // whose scores and gradients of scores pass the device's shared memory
   const std::string text = EXPECT_THROWS(l3ext::Error, step.backward());
   EXPECT(text.find("shared memory") != std::string::npos);
