@@ -49,7 +49,7 @@ void any_number_of_rows() {
 
 void any_number_of_queries() {
   for_each_dtype([]<typename T>() {
-    const std::vector<int64_t> queries = {1, 2, 3, 8, 9, 16, 63, 64, 65, 72, 73, 129};
+    const std::vector<int64_t> queries = {1, 2, 3, 8, 9, 16, 32, 33, 63, 64, 65, 72, 73, 129};
     EXPECT(backward_matches<T>(grid({0, 1, 2, 17, 130}, queries), "many tokens"));
     EXPECT(backward_matches<T>(grid({0, 1, 2, 17}, {1, 2, 3, 8, 9, 16, 33, 65}), "few tokens"));
   });
@@ -191,6 +191,37 @@ void any_order_of_threads_and_any_device_give_the_same_bits() {
   });
 }
 
+void any_promise_of_rows_gives_the_same_bits() {
+  for_each_dtype([]<typename T>() {
+    for (const bool few : {true, false}) {
+      Step<T> step(with_widths(grid({1, 2, 40, 150}, {1, 9, few ? 20 : 400}), 128, 192));
+      const Gradients expected = step.backward();
+      for (const int64_t rows : {300, 900, 3600}) {
+        step.max_rows = rows;
+        EXPECT(same_bits(expected, step.backward()));
+      }
+    }
+  });
+}
+
+template <typename T>
+void expect_same_dx_in_a_batch(const Shape& alone, const std::vector<int64_t>& others) {
+  Step<T> small(alone), large(behind(others, alone));
+  large.take_last(small);
+  const std::vector<double> expected = small.backward().dx, got = large.backward().dx;
+  EXPECT(same_bits(expected, {got.end() - std::ssize(expected), got.end()}));
+}
+
+void a_batch_does_not_change_a_tokens_dx() {
+  for_each_dtype([]<typename T>() {
+    Shape shape = with_widths(grid({1, 2, 16, 17, 100, 260}, {1, 3}), 128, 128);
+    expect_same_dx_in_a_batch<T>(shape, shuffled_ids({1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}));
+    shape.ids = shuffled_ids(std::vector<int64_t>(shape.rows.size(), 60));
+    const std::vector<int64_t> more = shuffled_ids(std::vector<int64_t>(shape.rows.size(), 9));
+    expect_same_dx_in_a_batch<T>(shape, more);
+  });
+}
+
 // --- errors --------------------------------------------------------------------------------------
 void what_does_not_fit_is_refused_by_name() {
   Step<BFloat16> step(grid({2, 20}, {2, 3}));
@@ -213,6 +244,13 @@ void what_does_not_fit_is_refused_by_name() {
   EXPECT(names("dkeys", [](auto& p, auto&) { p.dkeys.stride = 68; }));
   EXPECT(names("dvalues", [](auto& p, auto&) { p.dvalues.stride = 68; }));
   EXPECT(names("workspace", [](auto&, auto& launch) { launch.workspace_bytes -= 1; }));
+  EXPECT(names("schedule", [](auto& p, auto&) {
+    p.plan.num_tokens = 0;
+    p.plan.schedule = nullptr;
+  }));
+  step.max_rows = 4096;  // whose scores and gradients of scores pass the device's shared memory
+  const std::string text = EXPECT_THROWS(l3ext::Error, step.backward());
+  EXPECT(text.find("shared memory") != std::string::npos);
 }
 
 }  // namespace
@@ -227,6 +265,8 @@ int main() {
   RUN(a_nan_stays_in_its_own_segment);
   RUN(positions_of_no_token_give_nothing_to_rows);
   RUN(any_order_of_threads_and_any_device_give_the_same_bits);
+  RUN(any_promise_of_rows_gives_the_same_bits);
+  RUN(a_batch_does_not_change_a_tokens_dx);
   RUN(what_does_not_fit_is_refused_by_name);
   return check::failures == 0 ? 0 : 1;
 }

@@ -34,7 +34,7 @@ void many_tokens_of_any_number_of_rows() {
 
 void any_number_of_queries() {
   for_each_dtype([]<typename T>() {
-    const std::vector<int64_t> queries = {1, 2, 3, 8, 9, 16, 63, 64, 65, 72, 73, 129};
+    const std::vector<int64_t> queries = {1, 2, 3, 8, 9, 16, 32, 33, 63, 64, 65, 72, 73, 129};
     EXPECT(forward_matches<T>(grid({0, 1, 2, 17, 130}, queries), "many tokens"));
     EXPECT(forward_matches<T>(grid({0, 1, 2, 17}, {1, 2, 3, 8, 9, 16, 33, 65}), "decode"));
   });
@@ -182,24 +182,12 @@ void any_order_of_threads_and_any_device_give_the_same_bits() {
   l3ext::cuda::emulation() = as_before;
 }
 
-// The same queries among others, in other positions, in segments of other sizes.
 template <typename T>
 void expect_same_bits_in_a_batch(const Shape& alone, const std::vector<int64_t>& others) {
-  Shape batch = alone;
-  batch.ids = others;
-  batch.ids.insert(batch.ids.end(), alone.ids.begin(), alone.ids.end());
-  Step<T> small(alone), large(batch);
-  const auto shift = std::ssize(others);
-  std::copy(small.x.begin(), small.x.end(), large.x.begin() + shift * alone.d_in);
-  const auto zero_where_nan = [](std::vector<double> matrix) {  // rows that only the batch uses
-    for (double& v : matrix) v = std::isnan(v) ? 0 : v;
-    return matrix;
-  };
-  large.keys = zero_where_nan(small.keys);
-  large.values = zero_where_nan(small.values);
-  large.upload();
+  Step<T> small(alone), large(behind(others, alone));
+  large.take_last(small);
   const std::vector<double> expected = small.forward(), got = large.forward();
-  EXPECT(same_bits(expected, {got.begin() + shift * alone.d_emb, got.end()}));
+  EXPECT(same_bits(expected, {got.end() - std::ssize(expected), got.end()}));
 }
 
 void a_batch_does_not_change_a_tokens_bits() {
@@ -211,6 +199,20 @@ void a_batch_does_not_change_a_tokens_bits() {
     shape.ids = shuffled_ids(std::vector<int64_t>(shape.rows.size(), 60));
     const std::vector<int64_t> more = shuffled_ids(std::vector<int64_t>(shape.rows.size(), 9));
     expect_same_bits_in_a_batch<T>(shape, more);
+  });
+}
+
+// Rooms for more rows than there are: other tiles, other slices, the same bits.
+void any_promise_of_rows_gives_the_same_bits() {
+  for_each_dtype([]<typename T>() {
+    for (const bool decode : {true, false}) {
+      Step<T> step(with_widths(grid({1, 2, 40, 150}, {1, 9, decode ? 20 : 400}), 128, 192));
+      const std::vector<double> expected = step.forward();
+      for (const int64_t rows : {300, 700, 1800, 4096}) {
+        step.max_rows = rows;
+        EXPECT(same_bits(expected, step.forward()));
+      }
+    }
   });
 }
 
@@ -301,6 +303,7 @@ int main() {
   RUN(rows_without_an_address_and_too_many_rows_give_nan);
   RUN(any_order_of_threads_and_any_device_give_the_same_bits);
   RUN(a_batch_does_not_change_a_tokens_bits);
+  RUN(any_promise_of_rows_gives_the_same_bits);
   RUN(addresses_pass_2_to_the_31);
   RUN(what_does_not_fit_is_refused_by_name);
   return check::failures == 0 ? 0 : 1;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <random>
 #include <utility>
 
@@ -33,7 +34,8 @@ bool close(const std::vector<double>& actual, const std::vector<double>& expecte
 }
 
 bool same_bits(const std::vector<double>& a, const std::vector<double>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
 }
 
 std::vector<int64_t> shuffled_ids(const std::vector<int64_t>& counts) {
@@ -55,6 +57,11 @@ Shape grid(const std::vector<int64_t>& rows, const std::vector<int64_t>& queries
   shape.rows.pop_back(), counts.pop_back();  // the last segment ends where the table does
   shape.ids = shuffled_ids(counts);
   return shape;
+}
+
+Shape behind(const std::vector<int64_t>& others, Shape alone) {
+  alone.ids.insert(alone.ids.begin(), others.begin(), others.end());
+  return alone;
 }
 
 Shape with_widths(Shape shape, int64_t d_in, int64_t d_emb) {
@@ -184,6 +191,19 @@ void Step<T>::upload() {
         directory[token] = reinterpret_cast<int64_t>(table.view().data);
       }
   }
+}
+
+template <typename T>
+void Step<T>::take_last(const Step& other) {
+  std::copy(other.x.begin(), other.x.end(), x.end() - std::ssize(other.x));
+  std::copy(other.dy.begin(), other.dy.end(), dy.end() - std::ssize(other.dy));
+  const auto zero_where_nan = [](std::vector<double> matrix) {  // rows that only this step uses
+    for (double& v : matrix) v = std::isnan(v) ? 0 : v;
+    return matrix;
+  };
+  keys = zero_where_nan(other.keys);
+  values = zero_where_nan(other.values);
+  upload();
 }
 
 template <typename T>

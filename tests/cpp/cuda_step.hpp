@@ -133,6 +133,8 @@ class Step {
 
   // For tests that change something first; the matrices stay with the step.
   void upload();
+  // This step's last positions become those of `other`, over the same table.
+  void take_last(const Step& other);
   l3ext::SegmentedAttentionInputs inputs();
 
   DeviceBuffer<int32_t> permutation, segment_tokens, segment_queries, schedule;
@@ -160,6 +162,8 @@ std::vector<int64_t> shuffled_ids(const std::vector<int64_t>& counts);
 // Every number of rows with every number of queries; one-row tokens that the step does not use in
 // between, so that a row beside a segment is NaN.
 Shape grid(const std::vector<int64_t>& rows, const std::vector<int64_t>& queries);
+// The positions of `alone` behind others, of the same vocabulary.
+Shape behind(const std::vector<int64_t>& others, Shape alone);
 Shape with_widths(Shape shape, int64_t d_in, int64_t d_emb);
 
 // Calls f<T>() with the three element types.

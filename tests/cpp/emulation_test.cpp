@@ -220,13 +220,13 @@ void a_launch_that_a_device_refuses_is_refused() {
   EXPECT(resident_blocks(touch_shared, 64, 227 * 1024) == 3);
   EXPECT(resident_blocks(touch_shared, 1024, 1024) == 6);
   EXPECT(resident_blocks(touch_shared, 64, 114 * 1024) == 3);
-  EXPECT(resident_blocks(touch_shared, 64, 227 * 1024 + 1) == 0);
+  EXPECT(contains(EXPECT_THROWS(Error, resident_blocks(touch_shared, 64, 227 * 1024 + 1)),
+                  "232449 bytes of shared memory"));
   EXPECT(contains(EXPECT_THROWS(Error, launch(touch_shared, 1, 1025, 16, nullptr, args)),
                   "1 to 1024 threads, got 1025"));
   EXPECT(contains(EXPECT_THROWS(Error, launch(touch_shared, 7, 1024, 1024, nullptr, args, true)),
                   "resident blocks, got 7"));
-  resident_blocks(touch_shared, 64, 50'000);
-  EXPECT(contains(EXPECT_THROWS(Error, launch(touch_shared, 1, 64, 60'000, nullptr, args)),
+  EXPECT(contains(EXPECT_THROWS(Error, launch(rotate, 1, 64, 60'000, nullptr, RotateArgs{})),
                   "resident_blocks() called before"));
 }
 

@@ -428,8 +428,14 @@ int resident_blocks(const void* kernel, int threads, int64_t shared_bytes) {
   constexpr int kThreads = 2048, kBlocks = 2;
   constexpr int64_t kReserved = 1024;  // bytes of shared memory per block
   const int64_t limit = emulation().shared_bytes;
-  if (threads < 1 || threads > 1024 || shared_bytes > limit) return 0;
-  machine.shared_allowed[kernel] = shared_bytes;
+  if (threads < 1 || threads > 1024 || shared_bytes > limit) {
+    throw Error(
+        ErrorCode::kRuntime,
+        concat("device: expected room for a kernel of ", threads, " threads and ", shared_bytes,
+               " bytes of shared memory, got a device with at most ", limit, " bytes a block"));
+  }
+  int64_t& allowed = machine.shared_allowed[kernel];
+  allowed = std::max(allowed, shared_bytes);
   const auto by_shared = (limit + kReserved) / (shared_bytes + kReserved);
   return emulation().multiprocessors *
          static_cast<int>(std::min<int64_t>({kThreads / threads, kBlocks, by_shared}));

@@ -13,7 +13,10 @@ class GuardedPages {
  public:
   // Zeros; `bytes` rounded up to whole pages.
   explicit GuardedPages(size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
-    void* pages = mmap(nullptr, bytes_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    // No promise of memory: most of a stack, and of a table that is large for its addresses, is
+    // never touched.
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* pages = mmap(nullptr, bytes_ + 2 * kPage, PROT_NONE, kFlags, -1, 0);
     if (pages == MAP_FAILED) throw std::bad_alloc();
     begin_ = static_cast<std::byte*>(pages) + kPage;
     if (bytes_ != 0 && mprotect(begin_, bytes_, PROT_READ | PROT_WRITE) != 0) {

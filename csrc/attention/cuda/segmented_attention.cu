@@ -60,7 +60,8 @@ void check_inputs(const SegmentedAttentionInputs& inputs) {
   L3EXT_CHECK(inputs.plan.max_rows >= 0 && inputs.plan.max_rows <= kMostRows,
               "plan: expected tokens of at most ", kMostRows,
               " rows on a CUDA device, got max_rows ", inputs.plan.max_rows);
-  L3EXT_CHECK(inputs.plan.num_tokens == 0 || inputs.plan.schedule != nullptr,
+  // Of no tokens too: it tells the backward that no row has an owner.
+  L3EXT_CHECK(inputs.plan.schedule != nullptr,
               "plan: expected a schedule on a CUDA device, got none");
 }
 

@@ -60,8 +60,10 @@ int resident_blocks(void (*kernel)(Args), int threads, int64_t shared_bytes) {
   const DeviceLimits limits = device_limits();
   int blocks = 0;
   if (shared_bytes <= limits.shared_bytes) {
+    // The last setting counts, whatever size it was for: always as much as there is, or a launch of
+    // a size that was asked for before a smaller one would fail.
     L3EXT_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
+                                          static_cast<int>(limits.shared_bytes)));
     L3EXT_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
         &blocks, function, threads, static_cast<size_t>(shared_bytes)));
   }
