@@ -84,6 +84,15 @@ def test_more_rows_than_the_kernels_take(device, step):
         attend(long)
 
 
+@CUDA
+def test_gradients_of_more_rows_than_shared_memory_holds(device, step):
+    ids = torch.zeros(3, dtype=torch.int64, device=device)
+    long = steps.make_step_of(ids, (4096,), 64, 64, torch.float32)
+    assert torch.isfinite(attend(long)).all()
+    with pytest.raises(RuntimeError, match="shared memory, got a device with at most"):
+        steps.run(long)
+
+
 def test_tables_by_columns_are_refused_and_not_copied(device, step):
     by_columns = dataclasses.replace(step, table=step.table.T.contiguous().T)
     with pytest.raises(ValueError, match="keys: expected rows of adjacent elements, got stride 37"):
