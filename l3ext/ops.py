@@ -68,9 +68,10 @@ def segmented_attention(
     For position i with token t: ``softmax(scale * keys[rows of t] @ x[i]) @ values[rows of t]``.
 
     On CUDA: float32, bfloat16 and float16; d_in and d_emb multiples of 64 up to 8192; rows of keys
-    and values aligned to 16 bytes; at most 4096 rows a token. Work is enqueued on the current
-    stream, without a wait, and can be captured in a graph. What the CPU finds in the data and
-    reports, it cannot: see :meth:`l3ext.Plan.check`.
+    and values aligned to 16 bytes; at most 4096 rows a token, for gradients as many as the device's
+    shared memory holds the weights of. Work is enqueued on the current stream, without a wait, and
+    can be captured in a graph. What the CPU finds in the data and reports, it cannot: see
+    :meth:`l3ext.Plan.check`.
 
     Args:
         x: [N, d_in] queries; float64 (CPU), float32, bfloat16 or float16.
@@ -107,7 +108,8 @@ def segmented_attention(
     _check_plan(x, plan)
     if values is keys:
         return table_attention(x, keys, plan, tied=True, scale=scale, sparse=sparse)
-    _check_sparse(sparse)
+    if sparse:
+        _check_sparse(keys=keys, values=values)
     return torch.ops.l3ext.segmented_attention(
         x, keys, values, *plan._arrays(), float(scale), sparse
     )
@@ -130,8 +132,8 @@ def table_attention(
         plan: of the N token ids.
         tied: keys and values are the same rows.
         scale: factor of the logits.
-        sparse: the table's gradient is a sparse tensor, coalesced: ascending rows, [R, width]
-            values.
+        sparse: the table's gradient is a sparse tensor: [R, width] values of the rows that the
+            step's tokens own, ascending, none twice.
 
     Returns:
         [N, d_emb], dtype of ``x``.
@@ -143,7 +145,8 @@ def table_attention(
         wanted = f"{d_in}" if tied else f"more than {d_in}"
         raise ValueError(f"table: expected {wanted} columns, got {table.shape[1]}")
     _check_plan(x, plan)
-    _check_sparse(sparse)
+    if sparse:
+        _check_sparse(table=table)
     return torch.ops.l3ext.table_attention(
         x, table, d_in, tied, *plan._arrays(), float(scale), sparse
     )
@@ -228,12 +231,18 @@ def _check_plan(x: Tensor, plan: Plan) -> None:
         )
 
 
-def _check_sparse(sparse: bool) -> None:
-    if sparse and torch.compiler.is_compiling():
+def _check_sparse(**tables: Tensor) -> None:
+    if torch.compiler.is_compiling():
         raise RuntimeError(
             "sparse: expected False in compiled code, where the number of gradient rows is not "
             "known, got True"
         )
+    for name, table in tables.items():
+        if table.requires_grad and table._base is not None:
+            raise ValueError(
+                f"{name}: expected a tensor of its own for a sparse gradient, got a view, through "
+                "which torch passes none: table_attention takes the whole table"
+            )
 
 
 # --- forward --------------------------------------------------------------------------------------

@@ -26,25 +26,39 @@ std::vector<CudaDevice> cuda_devices() {
   return devices;
 }
 
-CudaDeviceGuard::CudaDeviceGuard(int device) {
+namespace {
+
+// Returns the device that was current before, or -1 where it is the same.
+int enter_device(int device) {
   int current = 0;
   L3EXT_CUDA_CHECK(cudaGetDevice(&current));
-  if (current == device) return;
+  if (current == device) return -1;
   L3EXT_CUDA_CHECK(cudaSetDevice(device));
-  previous_ = current;
+  return current;
 }
 
-CudaDeviceGuard::~CudaDeviceGuard() {
-  if (previous_ >= 0) cudaSetDevice(previous_);  // was current before: it cannot fail
-}
+void leave_device(int previous) { cudaSetDevice(previous); }  // was current: it cannot fail
+
+}  // namespace
 
 #else
 
 bool built_with_cuda() { return false; }
 std::vector<CudaDevice> cuda_devices() { return {}; }
-CudaDeviceGuard::CudaDeviceGuard(int) {}
-CudaDeviceGuard::~CudaDeviceGuard() = default;
+
+namespace {
+
+int enter_device(int) { return -1; }
+void leave_device(int) {}
+
+}  // namespace
 
 #endif
+
+CudaDeviceGuard::CudaDeviceGuard(int device) : previous_(enter_device(device)) {}
+
+CudaDeviceGuard::~CudaDeviceGuard() {
+  if (previous_ >= 0) leave_device(previous_);
+}
 
 }  // namespace l3ext

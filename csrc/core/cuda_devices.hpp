@@ -28,7 +28,7 @@ class CudaDeviceGuard {
   CudaDeviceGuard& operator=(const CudaDeviceGuard&) = delete;
 
  private:
-  int previous_ = -1;  // -1: it was current already
+  int previous_;  // -1: it was current already
 };
 
 }  // namespace l3ext

@@ -36,14 +36,14 @@ Rows ArrayReader::rows(const TensorArg& tensor, const char* argument, DType dtyp
   L3EXT_CHECK(tensor->shape[1] <= 1 || tensor->strides[1] == 1, argument,
               ": expected rows of adjacent elements, got stride ", tensor->strides[1],
               " in the last dimension");
-  return {tensor->data, tensor->strides[0]};
+  // Producers set the stride of a single row to anything, as it leads nowhere.
+  return {tensor->data, tensor->shape[0] > 1 ? tensor->strides[0] : tensor->shape[1]};
 }
 
 MutableRows ArrayReader::mutable_rows(const TensorArg& tensor, const char* argument, DType dtype,
                                       int64_t rows, int64_t width) const {
   check_writable(tensor.view(), argument);
-  this->rows(tensor, argument, dtype, rows, width);
-  return {tensor->data, tensor->strides[0]};
+  return {tensor->data, this->rows(tensor, argument, dtype, rows, width).stride};
 }
 
 PlanView ArrayReader::plan(const PlanArrays& arrays, int64_t max_rows,

@@ -67,6 +67,7 @@ class ArrayReader {
                    const Run& run) const {
     const CudaDeviceGuard guard(cuda_device());
     cuda::Launch launch;
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): Python knows a stream as a number.
     launch.stream = reinterpret_cast<void*>(queue.first);
     launch.workspace_bytes = workspace_bytes();
     // Held until the launch is enqueued; after that the allocator keeps the order of the stream.

@@ -154,6 +154,19 @@ def test_sparse_gradients_cannot_be_compiled():
         compiled(x)
 
 
+def test_sparse_gradients_do_not_pass_through_views():
+    x, keys, values, plan = inputs()
+    table = torch.cat([keys, values], dim=1).requires_grad_()
+    for a, b, name in ((table[:, :8], values, "keys"), (keys, table[:, 8:], "values")):
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor of its own"):
+            l3ext.segmented_attention(x, a, b, plan, sparse=True)
+    with pytest.raises(ValueError, match="table: expected a tensor of its own"):
+        table_attention(x, table[:], plan, tied=False, sparse=True)
+    # Without a gradient a view is as good as any.
+    with torch.no_grad():
+        l3ext.segmented_attention(x, keys, values, plan, sparse=True)
+
+
 def behind_addresses(**changes):
     """Arguments of directory_attention, which answers as table_attention does unless changed."""
     x, keys, values, plan = inputs()

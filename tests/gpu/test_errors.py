@@ -55,7 +55,7 @@ def test_row_gradients_where_no_row_is(device, step):
 @pytest.mark.parametrize(("d_in", "d_emb"), [(72, 64), (64, 100), (8256, 64), (64, 8256), (1, 1)])
 def test_widths_that_the_kernels_do_not_take(device, step, d_in, d_emb):
     odd = steps.make_step(dataclasses.replace(SHAPE, d_in=d_in, d_emb=d_emb), torch.float32, device)
-    with pytest.raises(ValueError, match="64"):
+    with pytest.raises(ValueError, match="expected a multiple of 64 up to 8192 on a CUDA device"):
         attend(odd)
 
 
@@ -69,10 +69,10 @@ def test_float64(device, step):
 @CUDA
 def test_misaligned_tables_are_refused_and_not_copied(device, step):
     wide = torch.zeros(37, 129, device=device)
-    with pytest.raises(ValueError, match="16"):
+    with pytest.raises(ValueError, match="keys: expected rows aligned to 16 bytes"):
         attend(dataclasses.replace(step, table=wide[:, :128]))
     wide = torch.zeros(37, 132, device=device)
-    with pytest.raises(ValueError, match="16"):
+    with pytest.raises(ValueError, match="keys: expected rows aligned to 16 bytes"):
         attend(dataclasses.replace(step, table=wide[:, 1:129]))
 
 
@@ -80,8 +80,17 @@ def test_misaligned_tables_are_refused_and_not_copied(device, step):
 def test_more_rows_than_the_kernels_take(device, step):
     ids = torch.zeros(3, dtype=torch.int64, device=device)
     long = steps.make_step_of(ids, (4097,), 64, 64, torch.float32)
-    with pytest.raises(ValueError, match="4096"):
+    with pytest.raises(ValueError, match="at most 4096 rows on a CUDA device, got max_rows 4097"):
         attend(long)
+
+
+@CUDA
+def test_gradients_of_more_rows_than_shared_memory_holds(device, step):
+    ids = torch.zeros(3, dtype=torch.int64, device=device)
+    long = steps.make_step_of(ids, (4096,), 64, 64, torch.float32)
+    assert torch.isfinite(attend(long)).all()
+    with pytest.raises(RuntimeError, match="shared memory, got a device with at most"):
+        steps.run(long)
 
 
 def test_tables_by_columns_are_refused_and_not_copied(device, step):

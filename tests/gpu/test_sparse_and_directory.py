@@ -29,6 +29,7 @@ def test_sparse_gradients_are_the_dense_ones(device, shape, dtype):
     steps.assert_same_bits((sparse_y, sparse_dx), (y, dx))
     assert sparse.layout == torch.sparse_coo
     assert sparse.shape == dense.shape
+    assert sparse.is_coalesced()
     rows = sparse._indices()[0]
     assert (torch.diff(rows) > 0).all()
     touched = torch.zeros(len(dense), dtype=torch.bool, device=device)

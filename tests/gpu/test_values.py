@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import l3ext
+from l3ext.ops import table_attention
 from tests import reference
 from tests.gpu import steps
 
@@ -59,6 +60,25 @@ def test_few_rows_at_the_end_of_a_long_table(device, rows):
     y, dx, dtable = steps.run(far)
     steps.check(small, (y, dx, torch.cat([dtable[:5], dtable[-3:]])))
     assert torch.count_nonzero(dtable[5:-3]) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@steps.on_devices(
+    quick=[steps.Shape("most rows", (4095, 4096, 1), (1, 3, 3), 64, 64)],
+    full=[
+        steps.Shape("most rows", (4095, 4096, 1), (1, 70, 3), 1024, 512),
+        steps.Shape("most rows", (4095, 4096, 1), (1, 1500, 3), 1024, 512),
+    ],
+)
+def test_as_many_rows_as_a_token_may_own(device, shape, dtype):
+    step = steps.make_step(shape, dtype, device)
+    plan = steps.plan_of(step)
+    with steps.poisoned():
+        y = table_attention(step.x, step.table, plan, tied=False)
+    arguments = (step.x, step.keys, step.values, step.token_ids, step.offsets, step.dy)
+    exact = reference.attention_by_token(*arguments)
+    attainable = reference.attention_by_token(*arguments, operands=dtype)
+    reference.assert_accepted(y, exact[0], attainable[0], "y")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

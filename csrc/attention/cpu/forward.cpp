@@ -69,6 +69,7 @@ class Forward {
   // Where a unit's keys begin, and its values; further rows follow in strides.
   const T* first_key(const Unit& unit) const {
     if (p_.directory != nullptr) {
+      // NOLINTNEXTLINE(performance-no-int-to-ptr): a directory holds addresses.
       return reinterpret_cast<const T*>(p_.directory[p_.plan.segment_tokens[unit.segment]]);
     }
     return static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride;

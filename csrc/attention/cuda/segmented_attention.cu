@@ -54,7 +54,7 @@ void check_inputs(const SegmentedAttentionInputs& inputs) {
     L3EXT_CHECK(inputs.value_offset * bytes % 16 == 0,
                 "value_offset: expected a multiple of 16 bytes on a CUDA device, got ",
                 inputs.value_offset, " elements");
-    L3EXT_CHECK(inputs.plan.segment_tokens != nullptr,
+    L3EXT_CHECK(inputs.plan.num_tokens == 0 || inputs.plan.segment_tokens != nullptr,
                 "plan: expected segment_tokens beside a directory, got none");
   }
   L3EXT_CHECK(inputs.plan.max_rows >= 0 && inputs.plan.max_rows <= kMostRows,
