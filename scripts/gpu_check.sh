@@ -21,7 +21,7 @@ device      20  C++: every kernel on the device against the CPU's
 tests      150  pytest tests/gpu
 bench      100  forward, backward, decode and plan against the floor, Zipf's law
 sanitize    90  compute-sanitizer: memcheck, racecheck, initcheck, synccheck
-peers      110  forward and backward beside what users write today
+peers      150  forward and backward beside what users write today
 text        60  the same as bench on real text and its real allocation
 cpp         60  the other C++ tests, the emulation's too
 benchcpp    45  the C++ benchmark program (needs google-benchmark)
@@ -51,7 +51,9 @@ tests() { "$python" -m pytest tests/gpu; }
 bench() { run_bench bench --peer none --budget 8; }
 
 peers() {
-  run_bench peers --regime forward --regime backward --num-tokens 16384 --runs 20 --budget 20
+  run_bench peers --regime forward --regime backward --runs 20 --budget 8 \
+    --peer "paper's listing compiled" --peer "grouped GEMM" --peer "loop of mm" \
+    --peer "padded gather" --peer FlexAttention
 }
 
 text() {
