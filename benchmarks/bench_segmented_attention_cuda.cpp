@@ -89,6 +89,7 @@ struct Device {
   double copied = 0;  // bytes/s
 
   Device() {
+    L3EXT_CUDA_CHECK(cudaMemset(flush->as<void>(), 0, kFlushBytes));
     L3EXT_CUDA_CHECK(cudaStreamCreate(&stream));  // waits for cudaMemcpy and cudaMemset
     const DeviceMemory from(kCopyBytes), to(kCopyBytes);
     std::vector<double> seconds;

@@ -141,6 +141,13 @@ Memory upload(const std::vector<std::byte>& bytes) {
   return on_device(bytes.data(), static_cast<int64_t>(bytes.size()));
 }
 
+// For outputs: all ones, which is NaN in every dtype.
+Memory poisoned(int64_t bytes) {
+  auto memory = std::make_unique<DeviceMemory>(bytes);
+  L3EXT_CUDA_CHECK(cudaMemset(memory->as<void>(), 0xff, static_cast<size_t>(bytes)));
+  return memory;
+}
+
 // Of a workspace of exactly the size asked for, so that a sanitizer sees what is beyond it.
 template <typename Run>
 void with_workspace(int64_t bytes, Run&& run) {
@@ -192,7 +199,7 @@ Arrays run_on_device(const Step& step) {
   view.max_rows = 130;
 
   const Memory x = upload(step.x), dy = upload(step.dy), table = upload(step.table);
-  const auto y = std::make_unique<DeviceMemory>(step.bytes_of(n * Step::kDEmb));
+  const Memory y = poisoned(step.bytes_of(n * Step::kDEmb));
   l3ext::SegmentedAttentionParams forward;
   step.fill(forward, x->as<std::byte>(), table->as<std::byte>());
   forward.plan = view;
@@ -202,8 +209,8 @@ Arrays run_on_device(const Step& step) {
                    l3ext::cuda::segmented_attention(forward, launch);
                  });
 
-  const auto dx = std::make_unique<DeviceMemory>(static_cast<int64_t>(step.x.size()));
-  const auto dtable = std::make_unique<DeviceMemory>(static_cast<int64_t>(step.table.size()));
+  const Memory dx = poisoned(static_cast<int64_t>(step.x.size()));
+  const Memory dtable = poisoned(static_cast<int64_t>(step.table.size()));
   auto backward = step.backward(x->as<std::byte>(), table->as<std::byte>(), dy->as<std::byte>(),
                                 dx->as<std::byte>(), dtable->as<std::byte>());
   backward.plan = view;
