@@ -39,20 +39,36 @@ class Expectation:
 
     kernels: str  #: regular expression, found in the demangled name
     max_registers: int  #: per thread; 65536 / (max_registers * threads of a block) blocks fit
-    contains: tuple[str, ...]  #: of INSTRUCTIONS
+    contains: tuple[str, ...] = ()  #: of INSTRUCTIONS
     lacks: tuple[str, ...] = ()  #: of INSTRUCTIONS; local memory, none may have
 
 
 _HALF = r"<l3ext::(BFloat16|Float16)\b"
 #: Every kernel is held to each expectation that matches it, and every expectation to matching some.
 EXPECTATIONS = (
-    # Two blocks of 256 threads on a multiprocessor, one where queries are staged.
-    Expectation(rf"::forward_kernel{_HALF}.*false>", 128, ("HMMA", "LDG.128")),
-    Expectation(rf"::forward_kernel{_HALF}.*true>", 255, ("HMMA", "LDG.128", "LDGSTS")),
-    Expectation(rf"::backward_\w*kernel{_HALF}", 255, ("HMMA", "LDG.128")),
-    Expectation(rf"::decode_\w*kernel{_HALF}", 255, ("HMMA", "LDG.128")),
+    # Two blocks of 256 threads on a multiprocessor; one where queries are staged in shared memory.
+    Expectation(
+        rf"::(forward_kernel{_HALF}, 1, false|query_gradients_kernel{_HALF}, 1, false, false)>",
+        128,
+        ("HMMA", "LDG.128"),
+    ),
+    Expectation(rf"::query_gradients_kernel{_HALF}, 1, false, true>", 255, ("HMMA", "LDG.128")),
+    Expectation(
+        rf"::(forward|query_gradients)_kernel{_HALF}, [48], true\b",
+        255,
+        ("HMMA", "LDG.128", "LDGSTS"),
+    ),
+    Expectation(rf"::decode_kernel{_HALF}", 128, ("HMMA", "LDG.128")),
+    Expectation(rf"::row_gradients_kernel{_HALF}", 255, ("HMMA", "LDG.128")),
     # The matrix units would round float32 operands.
-    Expectation(r"::(forward|backward|decode)_\w*kernel<float\b", 255, ("LDG.128",), ("HMMA",)),
+    Expectation(
+        r"::(forward|decode|query_gradients|row_gradients)_kernel<float\b",
+        255,
+        ("LDG.128",),
+        ("HMMA",),
+    ),
+    # One block of 1024 threads.
+    Expectation(r"::(plan|schedule)_in_block_kernel\b", 64),
 )
 
 
@@ -98,18 +114,21 @@ def parse_sass(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
             yield name, architecture, match[1]
 
 
+_OURS = re.compile(r"(void )?l3ext::")
+
+
 def read_kernels(resources: Iterable[str], sass: Iterable[str]) -> list[Kernel]:
-    """The attention kernels in both outputs of cuobjdump, with names demangled already.
+    """Our kernels (not CUB's) in both outputs of cuobjdump, with names demangled already.
 
     Raises:
         ValueError: a kernel of which the one knows and the other does not.
     """
     kernels: dict[tuple[str, str], Kernel] = {}
     for name, architecture, registers, shared, stack in parse_resources(resources):
-        if "l3ext::" in name:
+        if _OURS.match(name):
             kernels[name, architecture] = Kernel(name, architecture, registers, shared, stack)
     for name, architecture, instruction in parse_sass(sass):
-        if "l3ext::" not in name:
+        if not _OURS.match(name):
             continue
         if (name, architecture) not in kernels:
             raise ValueError(f"{name} ({architecture}): in the SASS, not in the resource usage")

@@ -208,7 +208,14 @@ def flex_attention(token_ids: Tensor, offsets: Tensor) -> Attend:
         return step.ids[q] == owner[kv]
 
     mask = create_block_mask(
-        same_token, None, None, token_ids.shape[0], padded, device=str(device), BLOCK_SIZE=128
+        same_token,
+        None,
+        None,
+        token_ids.shape[0],
+        padded,
+        device=str(device),
+        BLOCK_SIZE=128,
+        _compile=device.type == "cuda",  # else the whole mask is made first, N x rows
     )
 
     def attend(x: Tensor, table: Tensor) -> Tensor:

@@ -207,11 +207,18 @@ def _workload(
         return from_zipf(num_tokens=4 * largest, max_rows=max_rows, **wanted)
     return from_documents(
         list(read_documents(text)) if text else standard_library_documents(),
-        source=", ".join(path.name for path in text) if text else "Python standard library",
+        source=_source(text),
         vocab_size=16384 if vocab_size is None else vocab_size,
         total_rows=total_rows,
         max_rows=max_rows,
     )
+
+
+def _source(text: list[Path] | None) -> str:
+    if not text:
+        return "Python standard library"
+    names = [path.name for path in text]
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} files, {names[0]} to {names[-1]}"
 
 
 def _table(result: dict[str, Any], measurement: dict[str, Any]) -> Table:

@@ -1,0 +1,251 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in ten minutes: builds, tests, sanitizers, benchmarks.
+#
+#   scripts/gpu_check.sh [--only PART]... [--out DIR] [--text FILE]... [--seconds N] [--list]
+#
+# Needs a GPU, nvcc, a C++20 compiler, cmake, and a Python ($PYTHON, else python3) with torch for CUDA,
+# pybind11 and pytest; no network. Every part has a time of its own: one that overruns is stopped,
+# and the rest runs. Figures go to DIR, by default benchmarks/results/<gpu>/, as JSON; what the parts
+# print, to DIR/gpu_check.log. Where the checkout has no git history, L3EXT_COMMIT names the commit.
+#
+# Exits with 0 if all parts passed, 1 if one failed or was stopped, 2 for a wrong call, 3 where there
+# is nothing to check with.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# --- parts: name, seconds, what -------------------------------------------------------------------
+parts() {
+  cat <<'PARTS'
+build      180  compile the library, its tests and the Python module for this GPU
+device      20  C++: every kernel on the device against the CPU's
+tests      150  pytest tests/gpu
+bench      100  forward, backward, decode and plan against the floor, Zipf's law
+sanitize    90  compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+peers      150  forward and backward beside what users write today
+text        60  the same as bench on real text and its real allocation
+cpp         60  the other C++ tests, the emulation's too
+benchcpp    45  the C++ benchmark program (needs google-benchmark)
+PARTS
+}
+
+build() {
+  local google=OFF
+  if [[ -e /usr/include/benchmark/benchmark.h || -e /usr/local/include/benchmark/benchmark.h ]]; then
+    google=ON
+  fi
+  local generator=()
+  if command -v ninja >/dev/null; then generator=(-G Ninja); fi
+  cmake -S . -B "$build" "${generator[@]}" -DL3EXT_CUDA=ON -DL3EXT_TESTS=ON \
+    -DL3EXT_BENCHMARKS="$google" -DCMAKE_CUDA_ARCHITECTURES="$(architecture)" -DSKBUILD=ON \
+    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
+  cmake --build "$build" --parallel "$(nproc)"
+  rm -f l3ext/_C.*.so
+  cp "$build"/_C.*.so l3ext/
+}
+
+device() { "$build/tests/cpp/cuda_device_test"; }
+
+tests() { "$python" -m pytest tests/gpu; }
+
+bench() { run_bench bench --peer none --budget 8; }
+
+peers() {
+  run_bench peers --regime forward --regime backward --runs 20 --budget 8 \
+    --peer "paper's listing compiled" --peer "grouped GEMM" --peer "loop of mm" \
+    --peer "padded gather" --peer FlexAttention
+}
+
+text() {
+  local files=("${text_files[@]}")
+  if ((${#files[@]} == 0)); then
+    mapfile -t files < <("$python" -c 'import glob, sysconfig
+print("\n".join(sorted(glob.glob(sysconfig.get_path("stdlib") + "/*.py"))))')
+  fi
+  run_bench text "${files[@]}" --peer none --budget 5
+}
+
+# $1: name of the result; the rest: arguments of `l3ext bench attention`
+run_bench() {
+  local name=$1
+  shift
+  "$python" -m l3ext bench attention --device cuda --output "$out/attention-$name.json" "$@"
+}
+
+sanitize() {
+  local tool output sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  if [[ ! -x $sanitizer ]]; then
+    skip "no compute-sanitizer here"
+  fi
+  # Some virtual machines have a GPU that it cannot look into.
+  output=$("$sanitizer" "$build/tests/cpp/cuda_device_test" 2>&1 || true)
+  if [[ $output == *"Device not supported"* ]]; then
+    skip "compute-sanitizer does not support the device here"
+  fi
+  for tool in memcheck racecheck initcheck synccheck; do
+    echo "== $tool"
+    "$sanitizer" --tool "$tool" --error-exitcode 1 "$build/tests/cpp/cuda_device_test"
+  done
+}
+
+cpp() { ctest --test-dir "$build" --output-on-failure --parallel "$(nproc)"; }
+
+benchcpp() {
+  local program=$build/benchmarks/bench_segmented_attention
+  if [[ ! -x $program ]]; then
+    skip "google-benchmark is not here: the C++ benchmark was not built"
+  fi
+  "$program" --benchmark_filter=Cuda --benchmark_out="$out/attention-cpp.json" \
+    --benchmark_out_format=json
+}
+
+# --- the rest -------------------------------------------------------------------------------------
+skip() {
+  echo "skipped: $1"
+  exit "$skipped"
+}
+
+fail() { # $1: exit status, $2: why
+  echo "gpu_check: $2" >&2
+  exit "$1"
+}
+
+part_names() { parts | awk '{print $1}'; }
+
+# As CMake names it: 9.0 -> 90a-real.
+architecture() {
+  local capability
+  capability=$(query compute_cap)
+  case $capability in
+    9.0) echo 90a-real ;;
+    *) echo "${capability/./}-real" ;;
+  esac
+}
+
+query() { nvidia-smi --query-gpu="$1" --format=csv,noheader --id=0; }
+
+require() {
+  command -v nvidia-smi >/dev/null || fail 3 "no GPU here: nvidia-smi is not on PATH"
+  query name >/dev/null 2>&1 || fail 3 "no GPU here: nvidia-smi finds none"
+  if ! command -v nvcc >/dev/null && [[ -x /usr/local/cuda/bin/nvcc ]]; then
+    export PATH=/usr/local/cuda/bin:$PATH
+  fi
+  local tool
+  for tool in nvcc cmake ctest "$python"; do
+    command -v "$tool" >/dev/null || fail 3 "$tool: not on PATH"
+  done
+  "$python" -c 'import torch, pybind11, pytest; assert torch.cuda.is_available()' ||
+    fail 3 "$python: expected one with torch for CUDA, pybind11 and pytest"
+}
+
+# Runs one part in a process of its own, so that its time can be limited.
+run_part() { # $1: name, $2: seconds
+  local began=$SECONDS status=0 log word
+  log=$(mktemp)
+  timeout --signal=INT --kill-after=10 "$2" "$BASH" "$self" --inside "$1" >"$log" 2>&1 || status=$?
+  case $status in
+    0) word=passed ;;
+    "$skipped") word="$(tail -n 1 "$log")" ;;
+    124 | 137) word="stopped after $2 s" ;;
+    *) word="failed with exit status $status" ;;
+  esac
+  results+=("$(printf '%-10s %4d s  %s' "$1" "$((SECONDS - began))" "$word")")
+  echo "${results[-1]}"
+  { echo "=== $1: $word" && cat "$log"; } >>"$out/gpu_check.log"
+  if [[ $word != passed && $status != "$skipped" ]]; then
+    good=false
+    tail -n 30 "$log" | sed 's/^/    /'
+  fi
+  rm -f "$log"
+  [[ $word == passed || $status == "$skipped" ]]
+}
+
+self=$PWD/scripts/$(basename "${BASH_SOURCE[0]}")
+skipped=77
+build=build/gpu
+python=${PYTHON:-python3}
+out=
+total=580
+only=()
+text_files=()
+inside=
+while (($#)); do
+  case $1 in
+    --list)
+      parts
+      exit 0
+      ;;
+    --only | --out | --text | --seconds | --inside)
+      (($# > 1)) || fail 2 "$1: expected a value, got none"
+      case $1 in
+        --only)
+          part_names | grep -qxF -- "$2" ||
+            fail 2 "--only: expected one of $(part_names | paste -sd ' '), got $2"
+          only+=("$2")
+          ;;
+        --out) out=$2 ;;
+        --text)
+          [[ -r $2 ]] || fail 2 "--text: cannot read $2"
+          text_files+=("$(realpath -- "$2")")
+          ;;
+        --seconds)
+          [[ $2 =~ ^[1-9][0-9]*$ ]] || fail 2 "--seconds: expected a whole number, got $2"
+          total=$2
+          ;;
+        --inside) inside=$2 ;;
+      esac
+      shift 2
+      ;;
+    *) fail 2 "expected --only, --out, --text, --seconds or --list, got $1" ;;
+  esac
+done
+
+if [[ -n $inside ]]; then # started by run_part, with what it needs in the environment
+  out=$GPU_CHECK_OUT
+  mapfile -t text_files <<<"${GPU_CHECK_TEXT-}"
+  if [[ -z ${text_files[0]} ]]; then text_files=(); fi
+  "$inside"
+  exit 0
+fi
+
+require
+if [[ -z $out ]]; then
+  out=benchmarks/results/$(query name | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9\n' -)
+fi
+mkdir -p "$out"
+out=$(realpath -- "$out")
+: >"$out/gpu_check.log"
+export GPU_CHECK_OUT=$out PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+GPU_CHECK_TEXT=$(printf '%s\n' "${text_files[@]}")
+export GPU_CHECK_TEXT
+if [[ -z ${L3EXT_COMMIT-} ]]; then
+  L3EXT_COMMIT=$(git describe --always --dirty 2>/dev/null || echo unknown)
+  export L3EXT_COMMIT
+fi
+echo "$(query name), driver $(query driver_version), commit $L3EXT_COMMIT; results in $out"
+
+results=()
+good=true
+while read -r name seconds _; do
+  # Everything stands on the build, which does nothing where nothing has changed.
+  if ((${#only[@]})) && [[ $name != build ]] && ! printf '%s\n' "${only[@]}" | grep -qxF "$name"; then
+    continue
+  fi
+  left=$((total - SECONDS))
+  if ((left < 3)); then
+    results+=("$(printf '%-10s    0 s  not run: the time is up' "$name")")
+    good=false
+    continue
+  fi
+  if ! run_part "$name" "$((seconds < left ? seconds : left))" && [[ $name == build ]]; then
+    break # nothing stands without it
+  fi
+done < <(parts)
+
+echo
+printf '%s\n' "${results[@]}"
+if compgen -G "$out/*.json" >/dev/null; then
+  "$python" scripts/summarize_bench.py "$out"/*.json
+fi
+"$good"

@@ -1,0 +1,232 @@
+"""The GPU check where there is no GPU: its messages, and what it does with fake tools."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts/gpu_check.sh"
+PARTS = ["build", "device", "tests", "bench", "sanitize", "peers", "text", "cpp", "benchcpp"]
+
+
+def run(*arguments, script=SCRIPT, **environment):
+    return subprocess.run(
+        ["bash", str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, **environment},
+    )
+
+
+def tool(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A checkout whose tools are fakes that succeed; a test replaces the one it is about."""
+    tree, tools = tmp_path / "tree", tmp_path / "tools"
+    (tree / "scripts").mkdir(parents=True)
+    (tree / "l3ext").mkdir()
+    for name in ("gpu_check.sh", "summarize_bench.py"):
+        shutil.copy(ROOT / "scripts" / name, tree / "scripts")
+    tool(
+        tools / "nvidia-smi",
+        """case $1 in
+*=name) echo "NVIDIA H200" ;;
+*=compute_cap) echo 9.0 ;;
+*=driver_version) echo 580.1 ;;
+esac
+""",
+    )
+    tool(tools / "nvcc", "")
+    tool(tools / "ctest", "")
+    tool(
+        tools / "cmake",
+        """echo "$@" >>cmake.log
+mkdir -p build/gpu/tests/cpp
+touch build/gpu/_C.fake.so
+printf '#!/usr/bin/env bash\n' >build/gpu/tests/cpp/cuda_device_test
+chmod +x build/gpu/tests/cpp/cuda_device_test
+""",
+    )
+    tool(tools / "compute-sanitizer", "")
+    # Everything but the summary is a no-op.
+    tool(
+        tools / "python",
+        f"""case $1 in
+scripts/*) exec {sys.executable} "$@" ;;
+*) echo "$@" >>python.log ;;
+esac
+""",
+    )
+
+    def check(*arguments):
+        path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+        script = tree / "scripts/gpu_check.sh"
+        return run(*arguments, script=script, PATH=path, PYTHON=str(tools / "python"))
+
+    return tree, tools, check
+
+
+def test_the_parts_are_listed_and_fit_the_time():
+    done = run("--list")
+    assert done.returncode == 0
+    assert [line.split()[0] for line in done.stdout.splitlines()] == PARTS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "kernels"], "--only: expected one of build device tests"),
+        (["--only", ".*"], "--only: expected one of"),
+        (["--only"], "--only: expected a value, got none"),
+        (["--seconds", "ten"], "--seconds: expected a whole number, got ten"),
+        (["--text", "/nowhere/text"], "--text: cannot read /nowhere/text"),
+        (["now"], "expected --only, --out, --text, --seconds or --list, got now"),
+    ],
+)
+def test_a_wrong_call_is_an_error(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"gpu_check: {message}")
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    for name in ("bash", "awk", "dirname", "basename", "cat"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = run(PATH=str(tmp_path))
+    assert done.returncode == 3
+    assert done.stderr == "gpu_check: no GPU here: nvidia-smi is not on PATH\n"
+    tool(tmp_path / "nvidia-smi", "exit 9")
+    done = run(PATH=str(tmp_path))
+    assert done.returncode == 3
+    assert done.stderr == "gpu_check: no GPU here: nvidia-smi finds none\n"
+
+
+def test_a_python_without_torch_is_named(fake):
+    _, tools, check = fake
+    tool(tools / "python", "exit 1")
+    done = check()
+    assert done.returncode == 3
+    assert "expected one with torch for CUDA, pybind11 and pytest" in done.stderr
+
+
+def test_everything_runs_and_is_summed_up(fake):
+    tree, _, check = fake
+    done = check()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NVIDIA H200, driver 580.1" in done.stdout
+    summary = done.stdout.split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in summary] == PARTS
+    assert summary[-1].endswith(
+        "skipped: google-benchmark is not here: the C++ benchmark was not built"
+    )
+    assert all(line.endswith("passed") for line in summary[:-1])
+    assert "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in (tree / "cmake.log").read_text()
+    assert (tree / "l3ext/_C.fake.so").exists()
+    assert (tree / "benchmarks/results/nvidia-h200/gpu_check.log").exists()
+    calls = (tree / "python.log").read_text()
+    assert "-m pytest tests/gpu" in calls
+    assert "-m l3ext bench attention --device cuda --output" in calls
+
+
+def test_only_some_parts(fake, tmp_path):
+    tree, _, check = fake
+    text = tmp_path / "my text.txt"
+    text.write_text("text")
+    done = check("--only", "text", "--out", tmp_path / "out", "--text", text)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = done.stdout.split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in summary] == ["build", "text"]
+    assert (
+        f"{tmp_path}/out/attention-text.json {text} --peer none"
+        in (tree / "python.log").read_text()
+    )
+
+
+def test_a_part_that_overruns_is_stopped_and_the_rest_runs(fake):
+    _, tools, check = fake
+    tool(tools / "ctest", "echo working; sleep 30")
+    done = check("--only", "cpp", "--only", "benchcpp", "--seconds", "5")
+    assert done.returncode == 1
+    summary = done.stdout.split("\n\n")[1].splitlines()
+    assert "passed" in summary[0]
+    assert "stopped after" in summary[1]
+    assert "benchcpp" in summary[2]
+    assert "    working" in done.stdout
+
+
+def test_a_part_that_fails_shows_its_last_words_and_the_rest_runs(fake):
+    _, tools, check = fake
+    tool(tools / "ctest", "echo the reason; exit 8")
+    done = check("--only", "cpp", "--only", "benchcpp")
+    assert done.returncode == 1
+    assert "failed with exit status 8" in done.stdout
+    assert "    the reason" in done.stdout
+    assert "skipped: google-benchmark" in done.stdout
+
+
+def test_nothing_stands_without_a_build(fake):
+    _, tools, check = fake
+    tool(tools / "cmake", "echo no compiler; exit 1")
+    done = check()
+    assert done.returncode == 1
+    (only,) = done.stdout.split("\n\n")[1].splitlines()
+    assert only.split() == ["build", "0", "s", "failed", "with", "exit", "status", "1"]
+
+
+def test_a_device_that_the_sanitizer_does_not_support_is_skipped(fake):
+    _, tools, check = fake
+    tool(tools / "compute-sanitizer", "echo Device not supported; exit 1")
+    done = check("--only", "sanitize")
+    assert done.returncode == 0, done.stdout
+    assert "skipped: compute-sanitizer does not support the device here" in done.stdout
+    tool(tools / "compute-sanitizer", "[[ $* != *racecheck* ]]")
+    done = check("--only", "sanitize")
+    assert done.returncode == 1
+    assert "== racecheck" in done.stdout
+    assert "== initcheck" not in done.stdout
+
+
+def test_figures_are_summed_up(tmp_path, capsys):
+    import summarize_bench
+
+    row = {"median": 1e-3, "p10": 9e-4, "p90": 2e-3, "runs": 100, "fraction": 0.625}
+    result = {
+        "machine": {"cpu": "Xeon", "gpu": "NVIDIA H200", "torch": "2.11", "commit": "abc"},
+        "source": "Zipf(1)",
+        "table_rows": 710000,
+        "d_in": 2048,
+        "d_emb": 1024,
+        "dtype": "bfloat16",
+        "bandwidth": 4.3e12,
+        "gemm": 7.9e14,
+        "measurements": [
+            {
+                "regime": "forward",
+                "num_tokens": 65536,
+                "results": {"l3ext": row},
+                "failures": {"FlexAttention": "RuntimeError: out of shared memory"},
+            }
+        ],
+    }
+    path = tmp_path / "attention-bench.json"
+    path.write_text(json.dumps([result]))
+    (tmp_path / "cpp.json").write_text("{}")
+    assert summarize_bench.main([str(path), str(tmp_path / "cpp.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "NVIDIA H200, torch 2.11, commit abc: Zipf(1), 710000 rows of 2048 + 1024" in printed
+    assert "1000.0 µs   62.5 %" in printed
+    assert "did not run: RuntimeError: out of shared memory" in printed
+    path.write_text("no JSON")
+    assert summarize_bench.main([str(path)]) == 2
+    assert "summarize_bench:" in capsys.readouterr().err
