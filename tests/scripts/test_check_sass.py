@@ -116,13 +116,20 @@ def test_the_table_lines_up():
 
 
 def test_every_expectation_is_of_the_attention_kernels():
-    for name in ("forward_kernel", "query_gradients_kernel", "row_gradients_kernel"):
+    for name, further in (
+        ("forward_kernel", ", 1, false"),
+        ("forward_kernel", ", 8, true"),
+        ("query_gradients_kernel", ", 1, false, false"),
+        ("query_gradients_kernel", ", 1, false, true"),
+        ("query_gradients_kernel", ", 4, true, false"),
+        ("row_gradients_kernel", ""),
+    ):
         for dtype, exact in (
             ("l3ext::BFloat16", False),
             ("l3ext::Float16", False),
             ("float", True),
         ):
-            full = f"void l3ext::cuda::{name}<{dtype}, 1, false>(l3ext::cuda::Args)"
+            full = f"void l3ext::cuda::{name}<{dtype}{further}>(l3ext::cuda::Args)"
             matrix = ["HMMA.16816.F32 R4, R4, R8, RZ"]
             faults = check_sass.check([kernel(*GOOD[1:3], *matrix, name=full)])
             assert any("expected no HMMA" in fault for fault in faults) == exact
