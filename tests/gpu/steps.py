@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -186,11 +187,12 @@ def on_devices(quick, full):
     return pytest.mark.parametrize(("device", "shape"), places, indirect=["device"], ids=str)
 
 
+@functools.cache
 def zipf_rows(vocab, total, most):
     """Rows in proportion to a Zipf law's frequencies, 1 to ``most`` each, some ``total`` in all."""
     frequency = 1 / np.arange(1, vocab + 1)
     low, high = 0.0, float(total) * 100
-    for _ in range(100):
+    for _ in range(50):
         middle = (low + high) / 2
         rows = np.clip(np.floor(middle * frequency), 1, most)
         low, high = (middle, high) if rows.sum() <= total else (low, middle)
