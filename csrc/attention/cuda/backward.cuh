@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(
   const ScheduleHeader& header = *schedule.header;
   const int begin = a.dense ? 0 : header.dense_chunks;
   const int end = header.dense_chunks + (a.stream ? header.stream_chunks : 0);
-  for (int i = begin + blockIdx.x; i < end; i += gridDim.x) {
-    const Chunk chunk = schedule.chunks[i];
+  for (int turn = 0, i = 0; (i = chunk_of_turn<Staged>(turn, end - begin)) >= 0; ++turn) {
+    const Chunk chunk = schedule.chunks[begin + i];
     const auto rows = rows_of<T>(a.table, chunk.segment);
     if (rows.count <= 0) {
       for (int q = warp(); a.dx != nullptr && q < chunk.queries; q += kWarps) {

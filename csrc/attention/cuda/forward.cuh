@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, Staged>)
   const ScheduleHeader& header = *schedule.header;
   const int first = args.dense ? 0 : header.dense_chunks;
   const int last = header.dense_chunks + (args.stream ? header.stream_chunks : 0);
-  for (int i = first + blockIdx.x; i < last; i += gridDim.x) {
-    const Chunk chunk = schedule.chunks[i];
+  for (int turn = 0, i = 0; (i = chunk_of_turn<Staged>(turn, last - first)) >= 0; ++turn) {
+    const Chunk chunk = schedule.chunks[first + i];
     const auto rows = rows_of<T>(a.table, chunk.segment);
     if (rows.count <= 0) {
       fill_outputs<T>(a, chunk, rows.count == 0 ? 0.0f : not_a_number());

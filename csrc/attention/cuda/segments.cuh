@@ -64,6 +64,24 @@ __device__ inline SegmentRows<T> rows_of(const Table& table, int segment) {
   return {keys, keys + table.value_offset, rows};
 }
 
+// --- turns ---------------------------------------------------------------------------------------
+// Which of `count` chunks, most work first, this block attends in its turn-th turn; -1: no more. In
+// order where chunks are dense. Otherwise large chunks are all bandwidth and small ones all
+// latency, and the device would idle over the latter at the end: half of the blocks take from
+// either end.
+template <bool InOrder>
+__device__ inline int chunk_of_turn(int turn, int count) {
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  if (InOrder || blocks % 2 != 0) {
+    const int next = turn * blocks + block;
+    return next < count ? next : -1;
+  }
+  const int rank = turn * (blocks / 2) + block / 2;
+  const bool from_front = (turn + block) % 2 == 0;
+  if (rank >= (from_front ? count - count / 2 : count / 2)) return -1;
+  return from_front ? rank : count - 1 - rank;
+}
+
 // --- outputs -------------------------------------------------------------------------------------
 // What
 // every forward kernel reads and writes.
