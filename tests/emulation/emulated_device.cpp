@@ -41,7 +41,7 @@ struct Copy {
 struct Warp;
 
 // One CUDA thread, or (without a stack) the host. A fiber outlives its thread and runs others. What
-// every switch reads comes first: lanes take turns some hundred times in a microsecond's work.
+// every switch reads comes first: lanes take turns at every collective.
 struct alignas(64) Fiber {
   void* context[5];                // of __builtin_setjmp
   const char* waits_in = nullptr;  // of a thread that cannot run

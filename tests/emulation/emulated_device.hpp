@@ -30,7 +30,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 
 namespace l3ext::cuda {
@@ -135,12 +134,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -149,7 +142,6 @@ struct alignas(16) float4 {
 };
 
 inline void __syncthreads() { l3ext::cuda::emulated::block_barrier(); }
-inline void __threadfence() {}
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   l3ext::cuda::emulated::collective("__syncwarp", mask, nullptr, [](void* const*, uint32_t) {});
 }
@@ -199,25 +191,9 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
       });
   return operand.result;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) {
-  return __ballot_sync(mask, predicate) == mask;
-}
 
-inline int __popc(unsigned value) { return std::popcount(value); }
-inline int __popcll(unsigned long long value) { return std::popcount(value); }
-inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
-inline int __clzll(long long value) {
-  return std::countl_zero(static_cast<unsigned long long>(value));
-}
-inline int __ffs(int value) {
-  return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1;
-}
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
-inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
-inline float __int_as_float(int value) { return std::bit_cast<float>(value); }
-inline float __expf(float value) { return std::exp(value); }
 template <typename T>
 T __ldg(const T* address) {
   return *address;
