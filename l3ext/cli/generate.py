@@ -100,8 +100,8 @@ def generate(
         streamer=streamer,
         **choice,
     )
+    new = output[0, ids.shape[1] :].tolist()  # waits for a device
     seconds = time.perf_counter() - started
-    new = output[0, ids.shape[1] :].tolist()
     result: dict[str, Any] = {
         "checkpoint": str(directory),
         "tier": tier,

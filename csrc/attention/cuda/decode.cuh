@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, false>)
       for (int r = lane(); r < rows.count; r += 32) {
         weights[q * stride + r] = q < chunk.queries ? scores[r] : 0.0f;
       }
-      __syncwarp();
       const float sum = exponentials(weights + q * stride, rows.count, 1, a.scale);
       if (lane() == 0) inverse[q] = 1.0f / sum;
     }

@@ -35,8 +35,9 @@ void schedule(const PlanView& plan, const int32_t* num_segments, int32_t* schedu
 int64_t schedule_workspace(int64_t num_tokens);
 
 // Restrictions beyond the CPU's, thrown as kValue: float32, bfloat16 or float16; d_in and d_emb
-// multiples of 64 up to 8192; data and row strides aligned to 16 bytes; plan.max_rows at most 4096.
-// The rows of the plan's segments are trusted.
+// multiples of 64 up to 8192; data and row strides aligned to 16 bytes; plan.max_rows at most 4096,
+// and no more than shared memory holds the scores of (in the backward 3616 of 227 KiB), which is
+// kRuntime. The rows of the plan's segments are trusted; more of them than max_rows make NaN.
 void segmented_attention(const SegmentedAttentionParams& params, const Launch& launch);
 int64_t segmented_attention_workspace(const SegmentedAttentionParams& params);
 
