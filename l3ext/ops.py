@@ -381,7 +381,7 @@ def _table_backward_fake(
 
 
 # --- derivatives ----------------------------------------------------------------------------------
-class _TouchedRows(NamedTuple):
+class TouchedRows(NamedTuple):
     """The rows that a step's tokens own, packed in the order of the segments."""
 
     rows: Tensor  #: int64 [R], which rows of the table, ascending
@@ -394,8 +394,8 @@ class _TouchedRows(NamedTuple):
         )
 
 
-def _touched_rows(segment_rows: Tensor, num_segments: Tensor) -> _TouchedRows:
-    """Count them, for which a device is waited for."""
+def touched_rows(segment_rows: Tensor, num_segments: Tensor) -> TouchedRows:
+    """Where a plan's rows lie when packed; a device is waited for to count them."""
     segments = torch.arange(segment_rows.shape[0], device=segment_rows.device)
     counts = torch.diff(segment_rows, dim=1).flatten().where(segments < num_segments, 0)
     ends = counts.cumsum(0)
@@ -403,7 +403,7 @@ def _touched_rows(segment_rows: Tensor, num_segments: Tensor) -> _TouchedRows:
     total = int(ends[-1]) if ends.numel() > 0 else 0
     # Row r of the packed ones is row r + (first row - start) of the table.
     shift = torch.repeat_interleave(segment_rows[:, 0] - starts, counts, output_size=total)
-    return _TouchedRows(torch.arange(total, device=shift.device) + shift, starts)
+    return TouchedRows(torch.arange(total, device=shift.device) + shift, starts)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -418,7 +418,7 @@ def _derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs_rows = needs_keys or needs_values
     x, keys, values, *arrays = ctx.saved_tensors
     wanted = (ctx.scale, needs_x, needs_rows)
-    touched = _touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_rows else None
+    touched = touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_rows else None
     packed = () if touched is None else (touched.starts, touched.rows.shape[0])
     dx, dkeys, dvalues = torch.ops.l3ext.segmented_attention_backward(
         dy, x, keys, values, *arrays, ctx.max_rows, *wanted, *packed
@@ -444,7 +444,7 @@ def _table_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     needs_x, needs_table = ctx.needs_input_grad[:2]
     x, table, *arrays = ctx.saved_tensors
     wanted = (ctx.scale, needs_x, needs_table)
-    touched = _touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_table else None
+    touched = touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_table else None
     packed = () if touched is None else (touched.starts, touched.rows.shape[0])
     dx, dtable = torch.ops.l3ext.table_attention_backward(
         dy, x, table, ctx.d_in, ctx.tied, *arrays, ctx.max_rows, *wanted, *packed

@@ -15,7 +15,7 @@ from l3ext.bench import machine, timing
 from l3ext.bench.floors import Cost, StepShape
 from l3ext.bench.peers import PEERS, Attend
 from l3ext.bench.workload import Workload
-from l3ext.ops import table_attention
+from l3ext.ops import table_attention, touched_rows
 
 REGIMES = ("forward", "backward", "decode", "plan")
 
@@ -134,7 +134,11 @@ class _Bench:
         return _described(self._time(candidates), {"": floor}, differences, failures)
 
     def _backward(self, steps: list[Tensor]) -> dict[str, Any]:
-        """Gradients of x and of the table: of touched rows alone, and of all of it."""
+        """Gradients of x and of the table: of touched rows alone, and of all of it.
+
+        "l3ext" is the operator with packed rows, whose places follow from the ids like the plan;
+        a sparse gradient through autograd finds them in the measured time.
+        """
         x = self._draw(steps[0].numel(), self.options.d_in).requires_grad_()
         dy = self._draw(steps[0].numel(), self.options.d_emb)
         table = self.table.detach().requires_grad_()
@@ -146,13 +150,19 @@ class _Bench:
 
             return forward
 
-        dense = "l3ext, dense gradient"
-        candidates = {
-            "l3ext": calls([self._ours(step, sparse=True) for step in steps]),
+        sparse, dense = "l3ext, sparse gradient", "l3ext, dense gradient"
+        packed = [self._packed_backward(step) for step in steps]
+        candidates: dict[str, timing.Candidate] = {
+            "l3ext": lambda run: functools.partial(packed[run % _STEPS], dy, x, self.table),
+            sparse: calls([self._ours(step, sparse=True) for step in steps]),
             dense: calls([self._ours(step) for step in steps]),
         }
-        expected = candidates["l3ext"](0)()
+        expected = candidates[sparse](0)()
         differences = {dense: _difference_of_gradients(candidates[dense](0)(), expected)}
+        dx, rows = packed[0](dy, x, self.table)
+        differences["l3ext"] = max(
+            _difference(dx, expected[0]), _difference(rows, expected[1].values())
+        )
         failures = {}
         for name in self.options.peers:
             try:
@@ -223,6 +233,18 @@ class _Bench:
     def _ours(self, step: Tensor, *, sparse: bool = False) -> Attend:
         plan = self._plan_of(step)
         return lambda x, table: table_attention(x, table, plan, tied=False, sparse=sparse)
+
+    def _packed_backward(self, step: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+        plan = self._plan_of(step)
+        touched = touched_rows(plan.segment_rows, plan.num_segments)
+        places = (touched.starts, touched.rows.shape[0])
+
+        def backward(dy: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.ops.l3ext.table_attention_backward(
+                dy, x.detach(), table, x.shape[1], False, *plan._arrays(), 1.0, True, True, *places
+            )
+
+        return backward
 
     def _shapes(self, steps: list[Tensor]) -> list[StepShape]:
         return [StepShape.of(step, self.offsets) for step in steps]
