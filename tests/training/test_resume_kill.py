@@ -36,14 +36,22 @@ def attempt(name):
             os._exit(code)
     return child
 
+def steps_done():
+    return max((int(p.name[-8:]) for p in (root / "killed").glob("checkpoint-????????")), default=0)
+
 began = time.monotonic()
 assert os.waitpid(attempt("straight"), 0)[1] == 0
-whole = time.monotonic() - began
+step = (time.monotonic() - began) / 30
 rng, kills = random.Random(seed), 0
 while True:
+    goal = min(30, steps_done() + rng.randint(0, 4))
     child = attempt("killed")
     if kills < 12:
-        time.sleep(rng.uniform(0.0, whole / 2))
+        # So many steps on, and a random moment: by steps, since a machine's speed may change.
+        deadline = time.monotonic() + 60
+        while steps_done() < goal and time.monotonic() < deadline:
+            time.sleep(step / 10)
+        time.sleep(rng.uniform(0.0, 2 * step))
         os.kill(child, signal.SIGKILL)  # a no-op on a child that ended and was not waited for
     if os.waitpid(child, 0)[1] == 0:
         break
