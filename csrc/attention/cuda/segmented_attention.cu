@@ -15,18 +15,14 @@ constexpr int64_t kMostStride = 1ll << 24;  // 64 rows are reached by 32-bit off
 
 template <typename F>
 void dispatch(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(TypeTag<float>{});
-    case DType::kBFloat16:
-      return f(TypeTag<BFloat16>{});
-    case DType::kFloat16:
-      return f(TypeTag<Float16>{});
-    default:
+  dispatch_float(dtype, "x", [&](auto tag) {
+    if constexpr (sizeof(typename decltype(tag)::type) == 8) {
       throw Error(ErrorCode::kType,
-                  concat("x: expected float32, bfloat16 or float16 on a CUDA device, got ",
-                         dtype_name(dtype)));
-  }
+                  "x: expected float32, bfloat16 or float16 on a CUDA device, got float64");
+    } else {
+      f(tag);
+    }
+  });
 }
 
 void check_width(const char* what, int64_t width) {
