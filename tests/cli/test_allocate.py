@@ -1,5 +1,6 @@
 """``l3ext allocate`` in a process of its own and in this one."""
 
+import functools
 import json
 import os
 import signal
@@ -124,6 +125,8 @@ def test_ctrl_c_keeps_a_state_to_go_on_from(tmp_path):
             [sys.executable, "-c", code, "allocate", *map(str, arguments)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            # Whoever runs the tests in the background of a shell has it ignored.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         assert process.stdout.readline() == "ready\n"
         time.sleep(delay)
