@@ -48,8 +48,7 @@ __device__ inline int64_t first_gradient_row(const BackwardArgs& a, int segment)
 }
 
 // --- weights of row gradients: the queries are summed over ---------------------------------------
-// [query][row] in shared memory, read across: for row
-// `row` of the table, four queries.
+// [query][row] in shared memory, read across: for row `row` of the table, four queries.
 struct TransposedWeights {
   const float* base;
   int stride;
@@ -115,8 +114,7 @@ __device__ inline int gradient_tiles(const BackwardArgs& a) {
 }
 
 // --- copy chunks: one row or none ----------------------------------------------------------------
-// The softmax of one score is 1
-// and does not depend on it: dx is 0, dvalues the sum of dy.
+// The softmax of one score is 1 and does not depend on it: dx is 0, dvalues the sum of dy.
 template <typename T>
 __device__ inline void copy_chunk_gradients(const BackwardArgs& a, const Schedule& schedule,
                                             const Chunk& chunk) {
@@ -155,8 +153,7 @@ __device__ inline void copy_chunk_gradients(const BackwardArgs& a, const Schedul
 }
 
 // --- query gradients -----------------------------------------------------------------------------
-// p and ds of one
-// query, by one warp, in place of its scores and of dp; both in `slices` parts.
+// p and ds of one query, by one warp, in place of its scores and of dp; both in `slices` parts.
 __device__ inline void softmax_backward(float* p, float* dp, int rows, int p_slices, int dp_slices,
                                         float scale) {
   const int padded = padded_rows(rows);
@@ -343,9 +340,8 @@ __global__ void __launch_bounds__(kThreads, 1) row_gradients_kernel(BackwardArgs
 }
 
 // --- rows that nothing touched -------------------------------------------------------------------
-// Dense gradients have a
-// zero for every row that no segment owns; segments' rows ascend. Parallel over blocks of rows, so
-// that one long gap occupies the whole device; one warp a block of rows.
+// Dense gradients have a zero for every row that no segment owns; segments' rows ascend. Parallel
+// over blocks of rows, so that one long gap occupies the whole device; one warp a block of rows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) zero_gaps_kernel(BackwardArgs a) {
   constexpr int64_t kRows = 64;

@@ -1,9 +1,8 @@
 // Forward for training and prefill. Parallel over chunks: one block attends the queries of a chunk
 // to all rows of their segment. First its warps share the rows (scores), then the columns (sums),
-// so every row is read once and no partial sums cross warps; the scores lie in shared memory
-// between. Limited by the bytes of rows for the stream chunks (8 queries, three quarters of all
-// rows), by the matrix units and L1 for the dense ones. The permutation is applied where queries
-// are loaded and outputs stored.
+// so keys and values are read once and no partial sums cross warps; the scores lie in shared memory
+// between. Limited by the bytes of rows for the stream chunks, by the matrix units and L1 for the
+// dense ones. The permutation is applied where queries are loaded and outputs stored.
 #pragma once
 
 #include "attention/cuda/heuristics.hpp"

@@ -15,7 +15,7 @@ constexpr int kDenseQueries = 64;  // rows are used for eight tiles of queries e
 constexpr int kWideQueries = 32;   // above it, row gradients take more than one block
 constexpr int kCopyQueries = 32;   // segments of at most one row: nothing to attend, only to copy
 // Steps of at most this many tokens run by the decode kernel, which splits every chunk's rows and
-// columns over blocks: all their chunks have at most kStreamQueries queries.
+// columns over blocks: what they attend has at most kStreamQueries queries a chunk.
 constexpr int64_t kDecodeTokens = 1024;
 
 struct Chunk {

@@ -15,8 +15,7 @@ template <typename T, bool Dense>
 inline constexpr int kBlocksPerMultiprocessor = sizeof(T) == 2 && !Dense ? 2 : 1;
 
 // --- rows ----------------------------------------------------------------------------------------
-// A
-// table, or a directory of where each token's rows lie; see SegmentedAttentionInputs.
+// A table, or a directory of where each token's rows lie; see SegmentedAttentionInputs.
 struct Table {
   const void* keys;
   const void* values;
@@ -83,8 +82,7 @@ __device__ inline int chunk_of_turn(int turn, int count) {
 }
 
 // --- outputs -------------------------------------------------------------------------------------
-// What
-// every forward kernel reads and writes.
+// What every forward kernel reads and writes.
 struct Attention {
   Table table;
   const void* x;  // [num_tokens, d_in]
@@ -165,8 +163,7 @@ __device__ inline void copy_chunks(const Attention& a, const Schedule& schedule)
 }
 
 // --- queries -------------------------------------------------------------------------------------
-// Rows of
-// x (or dy) in the plan's order.
+// Rows of x (or dy) in the plan's order.
 template <typename T>
 struct QuerySource {
   const T* base;

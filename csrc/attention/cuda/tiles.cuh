@@ -86,8 +86,7 @@ struct GatheredRows {
 };
 
 // --- queries of RowProducts: 16 bytes of one query at a column -----------------------------------
-// Which queries a lane loads: of each tile its own one for
-// the matrix units, all eight for FMA.
+// Which queries a lane loads: of each tile its own one for the matrix units, all eight for FMA.
 template <typename T, int Tiles>
 inline constexpr int kQueriesPerLane = sizeof(T) == 2 ? Tiles : Tiles * kTileQueries;
 
@@ -119,8 +118,7 @@ struct GatheredQueries {
 };
 
 // --- row products --------------------------------------------------------------------------------
-// Fragments of
-// `Depth` steps are loaded while those before them are multiplied.
+// Fragments of `Depth` steps are loaded while those before them are multiplied.
 template <typename T, int RowBlocks, int Tiles, int Depth>
 struct RowProducts {
   static constexpr bool kMma = sizeof(T) == 2;
@@ -247,8 +245,7 @@ struct RowProducts {
 };
 
 // --- weights of ColumnSums -----------------------------------------------------------------------
-// Four rows' weights
-// of one query. [query][row] in shared memory, `stride` from query to query.
+// Four rows' weights of one query. [query][row] in shared memory, `stride` from query to query.
 struct SharedWeights {
   const float* base;
   int stride;

@@ -42,8 +42,7 @@ __device__ inline uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_pe
 __device__ inline uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 // --- memory --------------------------------------------------------------------------------------
-// 16 bytes
-// of a table row: read once by this block, so it shall not displace the queries in L1.
+// 16 bytes of a table row: read once by this block, so it shall not displace the queries in L1.
 __device__ inline uint4 load_streaming(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -72,8 +71,7 @@ __device__ inline void wait_copies() {
 }
 
 // --- matrix product ------------------------------------------------------------------------------
-// c[16 x 8] +=
-// a[16 x 16] b[16 x 8] by one warp. With lane = 4 g + t, a thread holds
+// c[16 x 8] += a[16 x 16] b[16 x 8] by one warp. With lane = 4 g + t, a thread holds
 //   a: (row g, k 2t, 2t+1), (row g+8, same), (row g, k 2t+8, 2t+9), (row g+8, same)
 //   b: (k 2t, 2t+1, column g), (k 2t+8, 2t+9, column g)
 //   c: (row g, column 2t), (row g, 2t+1), (row g+8, 2t), (row g+8, 2t+1)
