@@ -17,10 +17,11 @@ function(l3ext_cpu_isa target stem)
     set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
                      -mprefer-vector-width=512)
   endif()
+  file(GLOB parts CONFIGURE_DEPENDS csrc/attention/cpu/*.inl)
   foreach(isa IN LISTS isas)
     target_sources(${target} PRIVATE ${stem}_${isa}.cpp)
     set_source_files_properties(${stem}_${isa}.cpp PROPERTIES
       COMPILE_OPTIONS "-O3;-ffp-contract=fast;-fno-math-errno;${flags_${isa}}"
-      OBJECT_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/attention/cpu/row_kernels.inl)
+      OBJECT_DEPENDS "${parts}")
   endforeach()
 endfunction()

@@ -201,21 +201,26 @@ void rows_behind_addresses_are_those_of_the_table() {
 
 void units_cover_every_query_once() {
   Step step({1, 300, 7}, 500, 64, 8);
-  for (const bool whole : {false, true}) {
-    const auto units = l3ext::cpu::make_units(step.plan.view(), step.d_in, whole);
+  for (const auto& [lanes, block] : {std::pair{16, 48}, {4, 8}, {1, 1}, {8, 1024}}) {
+    const auto units = l3ext::cpu::make_units(step.plan.view(), lanes, block);
     int64_t next = 0;
     for (const auto& unit : units) {
       EXPECT(unit.query_begin == next);
+      EXPECT(unit.queries() > 0 && unit.queries() <= block);
       next = unit.query_end;
-      EXPECT(whole || unit.queries() <= l3ext::cpu::unit_queries(unit.rows(), step.d_in));
     }
     EXPECT(next == 500);
     const auto order = l3ext::cpu::longest_first(units);
     const auto cost = [&](int32_t i) { return units[i].rows() * (8 + units[i].queries()); };
     for (size_t i = 1; i < order.size(); ++i) EXPECT(cost(order[i - 1]) >= cost(order[i]));
   }
-  EXPECT(l3ext::cpu::unit_queries(512, 1024) > 0);
-  EXPECT(l3ext::cpu::unit_queries(1'000'000'000, 8192) > 0);
+}
+
+void units_of_a_segment_share_its_queries_evenly() {
+  Step step({5}, 97, 8, 8);  // 7 vectors of 16
+  const auto units = l3ext::cpu::make_units(step.plan.view(), 16, 48);
+  EXPECT(units.size() == 3);
+  EXPECT(units[0].queries() == 32 && units[1].queries() == 32 && units[2].queries() == 33);
 }
 
 void a_plan_that_does_not_fit_writes_nothing() {
@@ -235,6 +240,7 @@ int main() {
   RUN(packed_gradient_rows_are_those_of_the_table);
   RUN(rows_behind_addresses_are_those_of_the_table);
   RUN(units_cover_every_query_once);
+  RUN(units_of_a_segment_share_its_queries_evenly);
   RUN(a_plan_that_does_not_fit_writes_nothing);
   return check::failures == 0 ? 0 : 1;
 }

@@ -1,11 +1,11 @@
-// Backward on the CPU, without atomics. Phase 1, parallel over units of queries: the softmax p is
-// computed again, then ds and dx. Phase 2, parallel over slices of rows: each row's gradient is
-// summed over the segment's queries, in order, by one thread. Between them p and ds of a group of
-// segments lie in a bounded workspace.
+// Backward on the CPU, without atomics. A segment of few enough queries is one unit: scores, p and
+// ds, dx, then the gradients of its rows, all while its queries are in the cache. A segment of many
+// is several units; their p, ds and queries lie in a bounded workspace until all are there, then
+// slices of its rows are summed over the queries, in order, each by one thread.
 #include <algorithm>
 #include <cstddef>
 #include <memory>
-#include <tuple>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -29,29 +29,72 @@ class Backward {
       : p_(params), kernels_(row_kernels<T>(active_cpu_isa())) {}
 
   void run() {
-    const std::vector<Unit> segments = make_units(p_.plan, p_.d_in, /*whole_segments=*/true);
-    if (wants_rows() && p_.segment_gradients == nullptr) zero_untouched(segments);
-    // Whole segments until the workspace is full; one segment larger than it gets its own.
-    constexpr int64_t kGroupElements = 8 << 20;
-    for (size_t begin = 0; begin < segments.size();) {
-      int64_t elements = 0;
-      size_t end = begin;
+    if (wants_rows() && p_.segment_gradients == nullptr) zero_untouched();
+    const std::vector<Unit> units = make_units(p_.plan, kernels_.query_lanes, kernels_.query_block);
+    std::vector<Unit> whole;
+    std::vector<std::span<const Unit>> shared;  // the units of one segment each
+    for (size_t begin = 0, end = 0; begin < units.size(); begin = end) {
+      while (end < units.size() && units[end].segment == units[begin].segment) ++end;
+      if (end - begin == 1 || !wants_rows()) {
+        whole.insert(whole.end(), units.begin() + begin, units.begin() + end);
+      } else {
+        shared.emplace_back(units.data() + begin, end - begin);
+      }
+    }
+    run_whole(whole);
+    // Segments until the workspace is full; one larger than it has it alone.
+    constexpr size_t kWorkspaceBytes = size_t{64} << 20;
+    for (size_t begin = 0, end = 0; begin < shared.size(); begin = end) {
+      Carver sizes;
       do {
-        elements += segments[end].queries() * segments[end].rows();
+        for (const Unit& unit : shared[end]) carve(sizes, unit);
         ++end;
-      } while (end < segments.size() &&
-               elements + segments[end].queries() * segments[end].rows() <= kGroupElements);
-      run_group({segments.begin() + begin, segments.begin() + end}, elements);
-      begin = end;
+      } while (end < shared.size() && sizes.bytes() < kWorkspaceBytes);
+      run_shared({shared.begin() + begin, shared.begin() + end}, sizes.bytes());
     }
   }
 
  private:
-  // One segment's p and ds, both [queries, rows].
-  struct Weights {
-    Acc* p;
-    Acc* ds;
+  // What row gradients need of a unit.
+  struct Saved {
+    T* x;     // [queries, d_in]
+    T* dy;    // [queries, d_emb]
+    Acc* p;   // [rows, padded queries]
+    Acc* ds;  // likewise
+    int64_t queries;
+    int64_t padded;
   };
+
+  Saved carve(Carver& carver, const Unit& unit) const {
+    Saved saved;
+    saved.queries = unit.queries();
+    saved.padded = kernels_.padded(unit.queries());
+    saved.x = carver.take<T>(unit.queries() * p_.d_in);
+    saved.dy = carver.take<T>(unit.queries() * p_.d_emb);
+    saved.p = carver.take<Acc>(unit.rows() * saved.padded);
+    saved.ds = carver.take<Acc>(unit.rows() * saved.padded);
+    return saved;
+  }
+
+  // What a thread needs besides: for one unit's queries, or for a slice of a segment's rows.
+  struct Work {
+    Acc* x;
+    Acc* dy;
+    Acc* packed;
+    Acc* softmax_sums;
+    Acc* gradients;
+  };
+
+  Work carve_work(Carver& carver, int64_t queries) const {
+    Work work;
+    work.x = carver.take<Acc>(queries * p_.d_in);
+    work.dy = carver.take<Acc>(queries * p_.d_emb);
+    work.packed = carver.take<Acc>(std::max(kernels_.packed_elements(queries, p_.d_in),
+                                            kernels_.packed_elements(queries, p_.d_emb)));
+    work.softmax_sums = carver.take<Acc>(kernels_.padded(queries));
+    work.gradients = carver.take<Acc>(kRowSlice * std::max(p_.d_in, p_.d_emb));
+    return work;
+  }
 
   bool wants_dx() const { return p_.dx.data != nullptr; }
   bool wants_rows() const { return p_.dkeys.data != nullptr; }
@@ -71,171 +114,157 @@ class Backward {
     }
   }
 
-  void zero_untouched(const std::vector<Unit>& segments) const {
+  void zero_untouched() const {
     constexpr int64_t kSlice = 1024;
     std::vector<std::pair<int64_t, int64_t>> gaps;
     const auto add = [&](int64_t begin, int64_t end) {
       for (; begin < end; begin += kSlice) gaps.emplace_back(begin, std::min(begin + kSlice, end));
     };
     int64_t next = 0;
-    for (const Unit& segment : segments) {
-      add(next, segment.row_begin);
-      next = segment.row_end;
+    for (int64_t s = 0; s < p_.plan.num_segments; ++s) {
+      add(next, p_.plan.segment_rows[2 * s]);
+      next = p_.plan.segment_rows[2 * s + 1];
     }
     add(next, p_.table_rows);
     parallel_for(p_.num_threads, static_cast<int64_t>(gaps.size()),
                  [&](int64_t i) { zero_rows(gaps[i].first, gaps[i].second); });
   }
 
-  void run_group(const std::vector<Unit>& segments, int64_t elements) {
-    // Kept for the next group.
-    Carver sizes;
-    sizes.take<Acc>(elements), sizes.take<Acc>(elements);
-    if (workspace_bytes_ < sizes.bytes()) {
-      workspace_.reset(new std::byte[sizes.bytes() + Carver::kAlignment]);
-      workspace_bytes_ = sizes.bytes();
-    }
-    void* aligned = workspace_.get();
-    size_t space = sizes.bytes() + Carver::kAlignment;
-    std::align(Carver::kAlignment, sizes.bytes(), aligned, space);
-    Carver carver(static_cast<std::byte*>(aligned));
-    Acc* p = carver.take<Acc>(elements);
-    Acc* ds = carver.take<Acc>(elements);
-
-    std::vector<Weights> weights;
-    std::vector<Task> queries, rows;
-    for (size_t s = 0; s < segments.size(); ++s) {
-      const Unit& segment = segments[s];
-      weights.push_back({p, ds});
-      p += segment.queries() * segment.rows();
-      ds += segment.queries() * segment.rows();
-      const int64_t step = unit_queries(segment.rows(), p_.d_in);
-      for (int64_t q = 0; q < segment.queries(); q += step) {
-        queries.push_back({s, q, std::min(q + step, segment.queries())});
-      }
-      constexpr int64_t kRowSlice = 24;  // a multiple of every kernel's block of outputs
-      for (int64_t r = 0; r < segment.rows(); r += kRowSlice) {
-        rows.push_back({s, r, std::min(r + kRowSlice, segment.rows())});
-      }
-    }
-    parallel_for(p_.num_threads, static_cast<int64_t>(queries.size()), [&](int64_t i) {
-      const Task& task = queries[i];
-      query_gradients(segments[task.segment], weights[task.segment], task.begin, task.end);
-    });
-    if (!wants_rows()) return;
-    parallel_for(p_.num_threads, static_cast<int64_t>(rows.size()), [&](int64_t i) {
-      const Task& task = rows[i];
-      row_gradients(segments[task.segment], weights[task.segment], task.begin, task.end);
+  void run_whole(const std::vector<Unit>& units) const {
+    const std::vector<int32_t> order = longest_first(units);
+    parallel_for(p_.num_threads, static_cast<int64_t>(order.size()), [&](int64_t i) {
+      const Unit& unit = units[order[i]];
+      Carver sizes;
+      carve(sizes, unit), carve_work(sizes, unit.queries());
+      Carver carver(thread_scratch(sizes.bytes()));
+      const Saved saved = carve(carver, unit);
+      const Work work = carve_work(carver, unit.queries());
+      query_gradients(unit, saved, work);
+      if (wants_rows()) row_gradients(unit, {&saved, 1}, 0, unit.rows(), work.gradients);
     });
   }
 
-  // A slice of one segment's queries or rows, relative to the segment.
-  struct Task {
-    size_t segment;
-    int64_t begin;
-    int64_t end;
-  };
+  void run_shared(const std::vector<std::span<const Unit>>& segments, size_t bytes) {
+    if (workspace_bytes_ < bytes) {  // kept for the next group
+      workspace_.reset(new std::byte[bytes + Carver::kAlignment]);
+      workspace_bytes_ = bytes;
+    }
+    void* aligned = workspace_.get();
+    size_t space = bytes + Carver::kAlignment;
+    std::align(Carver::kAlignment, bytes, aligned, space);
+    Carver carver(static_cast<std::byte*>(aligned));
 
-  // Phase 1 for queries [begin, end) of the segment.
-  void query_gradients(const Unit& segment, const Weights& weights, int64_t begin,
-                       int64_t end) const {
-    const int64_t rows = segment.rows(), queries = end - begin;
-    Acc* p = weights.p + begin * rows;
-    Acc* ds = weights.ds + begin * rows;
-    const int32_t* positions = p_.plan.permutation + segment.query_begin + begin;
+    std::vector<Unit> units;
+    std::vector<Saved> saved;
+    struct Slice {
+      std::span<const Saved> of;
+      const Unit* segment;
+      int64_t begin;
+      int64_t end;
+    };
+    std::vector<Slice> slices;
+    for (const auto& segment : segments) {
+      for (const Unit& unit : segment) {
+        units.push_back(unit);
+        saved.push_back(carve(carver, unit));
+      }
+    }
+    const Saved* first = saved.data();
+    for (const auto& segment : segments) {
+      for (int64_t r = 0; r < segment[0].rows(); r += kRowSlice) {
+        const int64_t end = std::min(r + kRowSlice, segment[0].rows());
+        slices.push_back({{first, segment.size()}, &segment[0], r, end});
+      }
+      first += segment.size();
+    }
+    parallel_for(p_.num_threads, static_cast<int64_t>(units.size()), [&](int64_t i) {
+      Carver sizes;
+      carve_work(sizes, units[i].queries());
+      Carver scratch(thread_scratch(sizes.bytes()));
+      query_gradients(units[i], saved[i], carve_work(scratch, units[i].queries()));
+    });
+    parallel_for(p_.num_threads, static_cast<int64_t>(slices.size()), [&](int64_t i) {
+      Carver sizes;
+      carve_work(sizes, 0);
+      Carver scratch(thread_scratch(sizes.bytes()));
+      const Slice& slice = slices[i];
+      row_gradients(*slice.segment, slice.of, slice.begin, slice.end,
+                    carve_work(scratch, 0).gradients);
+    });
+  }
+
+  // dx of the unit's queries, and what the gradients of its rows need.
+  void query_gradients(const Unit& unit, const Saved& saved, const Work& work) const {
+    const int64_t rows = unit.rows(), queries = unit.queries();
+    const int32_t* positions = p_.plan.permutation + unit.query_begin;
+    for (int64_t q = 0; q < queries; ++q) {
+      std::copy_n(at(p_.dy, positions[q]), p_.d_emb, saved.dy + q * p_.d_emb);
+    }
     if (rows <= 1) {  // the softmax of one score is 1 and does not depend on it
-      std::fill_n(p, queries * rows, Acc{1});
+      std::fill_n(saved.p, rows * saved.padded, Acc{1});
       if (wants_dx()) {
         for (int64_t q = 0; q < queries; ++q) std::fill_n(at(p_.dx, positions[q]), p_.d_in, T{});
       }
       return;
     }
-    const auto carve = [&](Carver& carver) {
-      return std::tuple(carver.take<const T*>(rows + kRowsAhead),
-                        carver.take<const T*>(rows + kRowsAhead),
-                        carver.take<Acc>(queries * p_.d_in), carver.take<Acc>(queries * p_.d_emb));
+    for (int64_t q = 0; q < queries; ++q) {
+      std::copy_n(at(p_.x, positions[q]), p_.d_in, saved.x + q * p_.d_in);
+    }
+    const auto block = [&](const Rows& of) {
+      return RowBlock<T>{at(of, unit.row_begin), of.stride, rows};
     };
-    Carver sizes;
-    carve(sizes);
-    Carver carver(thread_scratch(sizes.bytes()));
-    const auto [keys, values, x, dy] = carve(carver);
-    for (int64_t r = 0; r < rows; ++r) {
-      keys[r] = at(p_.keys, segment.row_begin + r);
-      values[r] = at(p_.values, segment.row_begin + r);
-    }
-    for (int64_t r = 0; r < kRowsAhead; ++r) {
-      keys[rows + r] = values[std::min(r, rows - 1)];
-      values[rows + r] = keys[std::min(r, rows - 1)];
-    }
-    for (int64_t q = 0; q < queries; ++q) {
-      kernels_.load(at(p_.x, positions[q]), x + q * p_.d_in, p_.d_in);
-      kernels_.load(at(p_.dy, positions[q]), dy + q * p_.d_emb, p_.d_emb);
-    }
+    const RowBlock<T> keys = block(p_.keys), values = block(p_.values);
     const Acc scale = static_cast<Acc>(p_.scale);
-    kernels_.dot(keys, rows, x, p_.d_in, queries, p_.d_in, scale, p, rows);
-    kernels_.dot(values, rows, dy, p_.d_emb, queries, p_.d_emb, Acc{1}, ds, rows);
-    for (int64_t q = 0; q < queries; ++q) {
-      const Acc sum = kernels_.exponentials(p + q * rows, rows);
-      kernels_.scale(p + q * rows, Acc{1} / sum, rows);
-      kernels_.softmax_backward(p + q * rows, ds + q * rows, rows, scale);
-    }
+    kernels_.load(saved.x, work.x, queries * p_.d_in);
+    kernels_.pack(work.x, queries, p_.d_in, work.packed);
+    kernels_.scores(keys, work.x, work.packed, queries, p_.d_in, scale, values.data, saved.p);
+    kernels_.exponentials(saved.p, rows, queries, work.softmax_sums);
+    kernels_.load(saved.dy, work.dy, queries * p_.d_emb);
+    kernels_.pack(work.dy, queries, p_.d_emb, work.packed);
+    kernels_.scores(values, work.dy, work.packed, queries, p_.d_emb, Acc{1}, keys.data, saved.ds);
+    kernels_.softmax_backward(saved.p, work.softmax_sums, saved.ds, rows, queries, scale);
     if (!wants_dx()) return;
-    Acc* dx = x;  // its last reader was the first dot
+    Acc* dx = work.x;  // its last reader was the first product
     std::fill_n(dx, queries * p_.d_in, Acc{});
-    kernels_.accumulate(keys, rows, ds, rows, 1, queries, p_.d_in, dx, p_.d_in);
+    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, nullptr, dx, p_.d_in);
     for (int64_t q = 0; q < queries; ++q) {
       kernels_.store(dx + q * p_.d_in, Acc{1}, at(p_.dx, positions[q]), p_.d_in);
     }
   }
 
-  // sums[r - begin] += weights[:, r]^T inputs, over all queries of the segment in order.
-  void sum_over_queries(const Unit& segment, const Acc* weights, int64_t begin, int64_t end,
-                        const Rows& inputs, const T** pointers, int64_t columns, Acc* sums) const {
-    const int64_t rows = segment.rows();
-    constexpr int64_t kQueries = kPointers;
-    for (int64_t q = 0; q < segment.queries(); q += kQueries) {
-      const int64_t count = std::min(kQueries, segment.queries() - q);
-      for (int64_t i = 0; i < count; ++i) {
-        pointers[i] = at(inputs, p_.plan.permutation[segment.query_begin + q + i]);
-      }
-      std::fill_n(pointers + count, kRowsAhead, pointers[0]);
-      kernels_.accumulate(pointers, count, weights + q * rows + begin, 1, rows, end - begin,
-                          columns, sums, columns);
-    }
-  }
-
-  // Phase 2 for rows [begin, end) of the segment.
-  void row_gradients(const Unit& segment, const Weights& weights, int64_t begin,
-                     int64_t end) const {
-    const int64_t count = end - begin, width = std::max(p_.d_in, p_.d_emb);
-    const auto carve = [&](Carver& carver) {
-      return std::tuple(carver.take<const T*>(kPointers + kRowsAhead),
-                        carver.take<Acc>(count * width));
-    };
-    Carver sizes;
-    carve(sizes);
-    Carver carver(thread_scratch(sizes.bytes()));
-    const auto [pointers, sums] = carve(carver);
+  // Gradients of the rows [begin, end) of a segment whose queries are those of `parts`, in order.
+  void row_gradients(const Unit& segment, std::span<const Saved> parts, int64_t begin, int64_t end,
+                     Acc* gradients) const {
     const int64_t first =
         p_.segment_gradients == nullptr ? segment.row_begin : p_.segment_gradients[segment.segment];
-    const auto write = [&](const MutableRows& to, int64_t columns) {
-      for (int64_t r = 0; r < count; ++r) {
-        kernels_.store(sums + r * columns, Acc{1}, at(to, first + begin + r), columns);
+    for (int64_t r = begin; r < end; r += kRowSlice) {
+      const int64_t count = std::min(kRowSlice, end - r);
+      const auto write = [&](const MutableRows& to, int64_t columns) {
+        for (int64_t i = 0; i < count; ++i) {
+          kernels_.store(gradients + i * columns, Acc{1}, at(to, first + r + i), columns);
+        }
+      };
+      std::fill_n(gradients, count * p_.d_in, Acc{});
+      if (segment.rows() > 1) {
+        for (const Saved& part : parts) {
+          kernels_.accumulate({part.x, p_.d_in, part.queries}, part.ds + r * part.padded,
+                              part.padded, 1, count, p_.d_in, nullptr, gradients, p_.d_in);
+        }
       }
-    };
-    std::fill_n(sums, count * width, Acc{});
-    if (segment.rows() > 1) {
-      sum_over_queries(segment, weights.ds, begin, end, p_.x, pointers, p_.d_in, sums);
+      if (!tied()) {
+        write(p_.dkeys, p_.d_in);
+        std::fill_n(gradients, count * p_.d_emb, Acc{});
+      }
+      for (const Saved& part : parts) {
+        kernels_.accumulate({part.dy, p_.d_emb, part.queries}, part.p + r * part.padded,
+                            part.padded, 1, count, p_.d_emb, nullptr, gradients, p_.d_emb);
+      }
+      write(tied() ? p_.dkeys : p_.dvalues, p_.d_emb);
     }
-    if (!tied()) {
-      write(p_.dkeys, p_.d_in);
-      std::fill_n(sums, count * width, Acc{});
-    }
-    sum_over_queries(segment, weights.p, begin, end, p_.dy, pointers, p_.d_emb, sums);
-    write(tied() ? p_.dkeys : p_.dvalues, p_.d_emb);
   }
 
-  static constexpr int64_t kPointers = 256;
+  // Rows whose gradients are summed at once: they and their queries stay in the second-level cache.
+  static constexpr int64_t kRowSlice = 32;
 
   const SegmentedAttentionBackwardParams& p_;
   const RowKernels<T>& kernels_;

@@ -24,7 +24,7 @@ class Forward {
       : p_(params), kernels_(row_kernels<T>(active_cpu_isa())) {}
 
   void run() {
-    const std::vector<Unit> units = make_units(p_.plan, p_.d_in, /*whole_segments=*/false);
+    const std::vector<Unit> units = make_units(p_.plan, kernels_.query_lanes, kernels_.query_block);
     constexpr size_t kUnitsPerThread = 8;
     if (p_.num_threads > 1 && units.size() < kUnitsPerThread * p_.num_threads) {
       run_shared(units);
@@ -40,21 +40,20 @@ class Forward {
  private:
   // A unit's working arrays.
   struct Work {
-    const T** keys;    // [rows], then the values
-    const T** values;  // [rows], then the next unit's keys
-    Acc* x;            // [queries, d_in]
-    Acc* scores;       // [queries, rows], then the softmax's numerators
-    Acc* inverse;      // [queries], 1 / sum of the numerators
-    Acc* y;            // [queries, d_emb]
+    Acc* x;       // [queries, d_in]
+    Acc* packed;  // x once more, as the kernel wants it
+    Acc* scores;  // [rows, padded queries], then the softmax's numerators
+    Acc* sums;    // [padded queries], of the numerators
+    Acc* y;       // [queries, d_emb]
   };
 
   Work carve(Carver& carver, const Unit& unit) const {
+    const int64_t padded = kernels_.padded(unit.queries());
     Work work;
-    work.keys = carver.take<const T*>(unit.rows() + kRowsAhead);
-    work.values = carver.take<const T*>(unit.rows() + kRowsAhead);
     work.x = carver.take<Acc>(unit.queries() * p_.d_in);
-    work.scores = carver.take<Acc>(unit.queries() * unit.rows());
-    work.inverse = carver.take<Acc>(unit.queries());
+    work.packed = carver.take<Acc>(kernels_.packed_elements(unit.queries(), p_.d_in));
+    work.scores = carver.take<Acc>(unit.rows() * padded);
+    work.sums = carver.take<Acc>(padded);
     work.y = carver.take<Acc>(unit.queries() * p_.d_emb);
     return work;
   }
@@ -66,17 +65,22 @@ class Forward {
     return static_cast<T*>(p_.y.data) + p_.plan.permutation[q] * p_.y.stride;
   }
 
-  // Where a unit's keys begin, and its values; further rows follow in strides.
-  const T* first_key(const Unit& unit) const {
+  RowBlock<T> keys(const Unit& unit) const {
     if (p_.directory != nullptr) {
       // NOLINTNEXTLINE(performance-no-int-to-ptr): a directory holds addresses.
-      return reinterpret_cast<const T*>(p_.directory[p_.plan.segment_tokens[unit.segment]]);
+      const auto* first =
+          reinterpret_cast<const T*>(p_.directory[p_.plan.segment_tokens[unit.segment]]);
+      return {first, p_.keys.stride, unit.rows()};
     }
-    return static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride;
+    return {static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride, p_.keys.stride,
+            unit.rows()};
   }
-  const T* first_value(const Unit& unit) const {
-    if (p_.directory != nullptr) return first_key(unit) + p_.value_offset;
-    return static_cast<const T*>(p_.values.data) + unit.row_begin * p_.values.stride;
+  RowBlock<T> values(const Unit& unit) const {
+    if (p_.directory != nullptr) {
+      return {keys(unit).data + p_.value_offset, p_.values.stride, unit.rows()};
+    }
+    return {static_cast<const T*>(p_.values.data) + unit.row_begin * p_.values.stride,
+            p_.values.stride, unit.rows()};
   }
 
   // No rows: the empty sum. One row: its weight is 1 whatever the key, so no key is read.
@@ -86,7 +90,7 @@ class Forward {
       if (unit.rows() == 0) {
         std::fill_n(y_row(q), p_.d_emb, T{});
       } else {
-        std::copy_n(first_value(unit), p_.d_emb, y_row(q));
+        std::copy_n(values(unit).data, p_.d_emb, y_row(q));
       }
     }
     return true;
@@ -94,42 +98,32 @@ class Forward {
 
   // The row that a unit reads first.
   const T* first_row(const Unit& unit) const {
-    return unit.rows() == 1 ? first_value(unit) : first_key(unit);
+    return unit.rows() == 1 ? values(unit).data : keys(unit).data;
   }
 
-  // `next_row`: where the thread reads on after this unit, or null.
-  void prepare(const Unit& unit, const Work& work, const T* next_row) const {
-    const T* key = first_key(unit);
-    const T* value = first_value(unit);
-    if (next_row == nullptr) next_row = key;
-    for (int64_t r = 0; r < unit.rows(); ++r) {
-      work.keys[r] = key + r * p_.keys.stride;
-      work.values[r] = value + r * p_.values.stride;
-    }
-    for (int64_t r = 0; r < kRowsAhead; ++r) {
-      work.keys[unit.rows() + r] = work.values[std::min(r, unit.rows() - 1)];
-      work.values[unit.rows() + r] = next_row + r * p_.keys.stride;
-    }
+  void prepare(const Unit& unit, const Work& work) const {
     for (int64_t q = 0; q < unit.queries(); ++q) {
       kernels_.load(x_row(unit.query_begin + q), work.x + q * p_.d_in, p_.d_in);
     }
+    kernels_.pack(work.x, unit.queries(), p_.d_in, work.packed);
     std::fill_n(work.y, unit.queries() * p_.d_emb, Acc{});
   }
 
   void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end) const {
-    kernels_.dot(work.keys + row_begin, row_end - row_begin, work.x, p_.d_in, unit.queries(),
-                 p_.d_in, static_cast<Acc>(p_.scale), work.scores + row_begin, unit.rows());
+    kernels_.scores(keys(unit).part(row_begin, row_end), work.x, work.packed, unit.queries(),
+                    p_.d_in, static_cast<Acc>(p_.scale), values(unit).row(row_begin),
+                    work.scores + row_begin * kernels_.padded(unit.queries()));
   }
 
-  void normalise(const Unit& unit, const Work& work) const {
+  // `next_row`: where the thread reads on after this unit, or null.
+  void sum_values(const Unit& unit, const Work& work, int64_t column, int64_t columns,
+                  const T* next_row) const {
+    RowBlock<T> block = values(unit);
+    block.data += column;
+    kernels_.accumulate(block, work.scores, 1, kernels_.padded(unit.queries()), unit.queries(),
+                        columns, next_row, work.y + column, p_.d_emb);
     for (int64_t q = 0; q < unit.queries(); ++q) {
-      work.inverse[q] = Acc{1} / kernels_.exponentials(work.scores + q * unit.rows(), unit.rows());
-    }
-  }
-
-  void write(const Unit& unit, const Work& work, int64_t column, int64_t columns) const {
-    for (int64_t q = 0; q < unit.queries(); ++q) {
-      kernels_.store(work.y + q * p_.d_emb + column, work.inverse[q],
+      kernels_.store(work.y + q * p_.d_emb + column, Acc{1} / work.sums[q],
                      y_row(unit.query_begin + q) + column, columns);
     }
   }
@@ -140,12 +134,10 @@ class Forward {
     carve(sizes, unit);
     Carver carver(thread_scratch(sizes.bytes()));
     const Work work = carve(carver, unit);
-    prepare(unit, work, next_row);
+    prepare(unit, work);
     score(unit, work, 0, unit.rows());
-    normalise(unit, work);
-    kernels_.accumulate(work.values, unit.rows(), work.scores, unit.rows(), 1, unit.queries(),
-                        p_.d_emb, work.y, p_.d_emb);
-    write(unit, work, 0, p_.d_emb);
+    kernels_.exponentials(work.scores, unit.rows(), unit.queries(), work.sums);
+    sum_values(unit, work, 0, p_.d_emb, next_row);
   }
 
   // A slice of one unit's rows or columns.
@@ -174,7 +166,7 @@ class Forward {
     for (const Unit& unit : units) work.push_back(carve(carver, unit));
 
     for (size_t u = 0; u < units.size(); ++u) {
-      if (!run_trivial(units[u])) prepare(units[u], work[u], nullptr);
+      if (!run_trivial(units[u])) prepare(units[u], work[u]);
     }
     constexpr int64_t kRowSlice = 64, kColumnSlice = 128;
     const auto rows = slice(units, kRowSlice, [](const Unit& unit) { return unit.rows(); });
@@ -182,16 +174,13 @@ class Forward {
       score(units[rows[i].unit], work[rows[i].unit], rows[i].begin, rows[i].end);
     });
     for (size_t u = 0; u < units.size(); ++u) {
-      if (units[u].rows() > 1) normalise(units[u], work[u]);
+      if (units[u].rows() <= 1) continue;
+      kernels_.exponentials(work[u].scores, units[u].rows(), units[u].queries(), work[u].sums);
     }
     const auto columns = slice(units, kColumnSlice, [&](const Unit&) { return p_.d_emb; });
     parallel_for(p_.num_threads, static_cast<int64_t>(columns.size()), [&](int64_t i) {
       const auto [u, begin, end] = columns[i];
-      std::vector<const T*> values(work[u].values, work[u].values + units[u].rows() + kRowsAhead);
-      for (const T*& value : values) value += begin;
-      kernels_.accumulate(values.data(), units[u].rows(), work[u].scores, units[u].rows(), 1,
-                          units[u].queries(), end - begin, work[u].y + begin, p_.d_emb);
-      write(units[u], work[u], begin, end - begin);
+      sum_values(units[u], work[u], begin, end - begin, nullptr);
     });
   }
 

@@ -1,6 +1,9 @@
 // The inner loops of segmented attention on the CPU, one table of functions per instruction set
-// and storage type. Rows come as pointers: gathering queries through the permutation and walking
-// a strided table are the same thing to them.
+// and storage type.
+//
+// Scores and softmax weights of `queries` queries lie side by side, row after row:
+// [rows, padded(queries)], with padded() up to a multiple of the vector's lanes. Lanes beyond
+// `queries` hold finite numbers that nobody reads.
 #pragma once
 
 #include <cstdint>
@@ -10,36 +13,55 @@
 
 namespace l3ext::cpu {
 
-// Every array of row pointers goes on for this many pointers past its rows: what will be read next,
-// or anything. The kernels prefetch from there and never read.
-constexpr int64_t kRowsAhead = 32;
+// Rows of equal length at equal distances: a token's keys or values where they lie in their table.
+template <typename T>
+struct RowBlock {
+  const T* data;
+  int64_t stride;  // elements from one row to the next
+  int64_t count;
+
+  const T* row(int64_t i) const { return data + i * stride; }
+  RowBlock part(int64_t begin, int64_t end) const { return {row(begin), stride, end - begin}; }
+};
 
 // T: how rows are stored. Acc: what is computed and summed in.
 template <typename T>
 struct RowKernels {
   using Acc = Accumulator<T>;
 
-  // out[q * out_stride + r] = scale * dot(x[q * x_stride ..], rows[r]) over `depth` elements.
-  // Each dot product is summed in an order that depends on `depth` alone.
-  void (*dot)(const T* const* rows, int64_t num_rows, const Acc* x, int64_t x_stride,
-              int64_t queries, int64_t depth, Acc scale, Acc* out, int64_t out_stride);
+  int64_t query_lanes;  // padded() is up to a multiple of this
+  int64_t query_block;  // the most queries at once: a multiple of query_lanes
+  int64_t padded(int64_t queries) const {
+    return (queries + query_lanes - 1) / query_lanes * query_lanes;
+  }
 
-  // out[q * out_stride + c] += sum over r of weights[q * query_stride + r * row_stride] *
-  // rows[r][c], r ascending, for `columns` elements.
-  void (*accumulate)(const T* const* rows, int64_t num_rows, const Acc* weights,
-                     int64_t query_stride, int64_t row_stride, int64_t queries, int64_t columns,
-                     Acc* out, int64_t out_stride);
+  // How scores() wants many queries: elements of the packed copy (0 where queries are few; then
+  // pack() writes nothing), and the copy itself. x: [queries, depth].
+  int64_t (*packed_elements)(int64_t queries, int64_t depth);
+  void (*pack)(const Acc* x, int64_t queries, int64_t depth, Acc* packed);
+
+  // scores[r * padded(queries) + q] = scale * dot(x[q * depth ..], row r) over `depth` elements.
+  // Each product is summed in an order that depends on `depth` and `queries` alone. `next`: where
+  // the thread reads on after these rows, asked for ahead; or null.
+  void (*scores)(RowBlock<T> rows, const Acc* x, const Acc* packed, int64_t queries, int64_t depth,
+                 Acc scale, const T* next, Acc* scores);
+
+  // out[i * out_stride + c] += sum over r, ascending, of
+  // weights[i * output_stride + r * row_stride] * row r [c], for i < outputs and c < columns.
+  void (*accumulate)(RowBlock<T> rows, const Acc* weights, int64_t output_stride,
+                     int64_t row_stride, int64_t outputs, int64_t columns, const T* next, Acc* out,
+                     int64_t out_stride);
 
   void (*load)(const T* from, Acc* to, int64_t count);
   // Multiplies by `factor` and rounds to nearest even.
   void (*store)(const Acc* from, Acc factor, T* to, int64_t count);
 
-  // scores[i] = exp(scores[i] - max); returns their sum.
-  Acc (*exponentials)(Acc* scores, int64_t count);
-  // Given softmax p and its upstream gradient dp: dp[i] = scale * p[i] * (dp[i] - sum_j p[j]
-  // dp[j]).
-  void (*softmax_backward)(const Acc* p, Acc* dp, int64_t count, Acc scale);
-  void (*scale)(Acc* values, Acc factor, int64_t count);
+  // scores = exp(scores - the largest of their query); sums[q]: the sum over rows.
+  void (*exponentials)(Acc* scores, int64_t rows, int64_t queries, Acc* sums);
+  // p = p / sums; with dp the upstream gradient of p:
+  // ds = scale * p * (dp - sum over rows of p dp), in dp's place.
+  void (*softmax_backward)(Acc* p, const Acc* sums, Acc* dp, int64_t rows, int64_t queries,
+                           Acc scale);
 };
 
 template <typename T>

@@ -7,14 +7,7 @@
 
 namespace l3ext::cpu {
 
-int64_t unit_queries(int64_t rows, int64_t depth) {
-  constexpr int64_t kElements = 48 * 1024;  // 192 KiB of float32 for each of the two
-  constexpr int64_t kMost = 48;             // a multiple of every kernel's block of queries
-  const int64_t fits = kElements / std::max<int64_t>({rows, depth, 1});
-  return std::clamp<int64_t>(fits / 6 * 6, 6, kMost);
-}
-
-std::vector<Unit> make_units(const PlanView& plan, int64_t depth, bool whole_segments) {
+std::vector<Unit> make_units(const PlanView& plan, int64_t lanes, int64_t block) {
   std::vector<Unit> units;
   units.reserve(static_cast<size_t>(plan.num_segments));
   for (int64_t s = 0; s < plan.num_segments; ++s) {
@@ -22,11 +15,13 @@ std::vector<Unit> make_units(const PlanView& plan, int64_t depth, bool whole_seg
     unit.segment = s;
     unit.row_begin = plan.segment_rows[2 * s];
     unit.row_end = plan.segment_rows[2 * s + 1];
-    const int64_t end = plan.segment_queries[s + 1];
-    const int64_t step = whole_segments ? end : unit_queries(unit.rows(), depth);
-    for (int64_t q = plan.segment_queries[s]; q < end; q += step) {
-      unit.query_begin = q;
-      unit.query_end = std::min(q + step, end);
+    const int64_t begin = plan.segment_queries[s], end = plan.segment_queries[s + 1];
+    // Vectors of queries, and units to deal them out to.
+    const int64_t vectors = (end - begin + lanes - 1) / lanes;
+    const int64_t parts = (vectors * lanes + block - 1) / block;
+    for (int64_t i = 0; i < parts; ++i) {
+      unit.query_begin = begin + vectors * i / parts * lanes;
+      unit.query_end = std::min(begin + vectors * (i + 1) / parts * lanes, end);
       units.push_back(unit);
     }
   }

@@ -21,12 +21,9 @@ struct Unit {
   int64_t rows() const { return row_end - row_begin; }
 };
 
-// The most queries that a unit takes from a segment of `rows` rows: their packed vectors
-// (`depth` elements each) and scores should stay in the second-level cache.
-int64_t unit_queries(int64_t rows, int64_t depth);
-
-// One unit per segment (whole_segments) or per unit_queries() of it, in plan order.
-std::vector<Unit> make_units(const PlanView& plan, int64_t depth, bool whole_segments);
+// One unit per segment, or several of at most `block` queries each; in plan order. Several differ
+// by at most `lanes` queries, so that no segment ends in a sliver. `block`: a multiple of `lanes`.
+std::vector<Unit> make_units(const PlanView& plan, int64_t lanes, int64_t block);
 
 // Indices of `units`, most expensive first, so that the last to finish is a short one.
 std::vector<int32_t> longest_first(const std::vector<Unit>& units);

@@ -1,0 +1,242 @@
+// Many queries: bound by FMAs. Scores: queries lie side by side (one vector holds an element of as
+// many queries as it has lanes), and each element of a row, broadcast, meets all of them: rows are
+// read once and in place, and no sum runs across lanes. Sums: vectors run along the columns, and
+// the weights are broadcast. 16-bit rows are widened block by block in the first-level cache.
+
+constexpr int kVectors = L3EXT_DENSE_VECTORS;    // of queries
+constexpr int kTile = L3EXT_DENSE_ACCUMULATORS;  // vectors of sums that the registers hold
+
+// --- packing ----------------------------------------------------------------------------------
+
+// packed[k, q] for q < padded(queries): x[q, k], zero past the queries.
+template <typename Acc>
+void pack_queries(const Acc* x, int64_t queries, int64_t depth, Acc* packed) {
+  constexpr int kStep = kLanes<Acc>;
+  const int64_t ld = (queries + kStep - 1) / kStep * kStep;
+  for (int64_t q = 0; q < queries; q += kStep) {
+    const int64_t count = queries - q < kStep ? queries - q : kStep;
+    for (int64_t k = 0; k < depth; k += kStep) {
+      const int64_t elements = depth - k < kStep ? depth - k : kStep;
+      Vec<Acc> v[kStep];
+      for (int i = 0; i < kStep; ++i) {
+        const Acc* from = x + (q + i) * depth + k;
+        v[i] = i >= count          ? Vec<Acc>{}
+               : elements == kStep ? load(from)
+                                   : load_partial(from, elements);
+      }
+      transpose<Acc, L3EXT_VECTOR_BYTES>(v);
+      for (int64_t i = 0; i < elements; ++i) store(v[i], packed + (k + i) * ld + q);
+    }
+  }
+}
+
+// --- scores -----------------------------------------------------------------------------------
+
+// scores[r, :] += rows[r, :] x for kRows rows and kQ vectors of queries, times `scale` in the end.
+// ahead: the rows, as they are stored, that are read next.
+template <typename T, int kRows, int kQ>
+inline void score_tile(const Accumulator<T>* rows, int64_t row_stride, const RowBlock<T>& ahead,
+                       const Accumulator<T>* packed, int64_t depth, bool first,
+                       Accumulator<T> scale, Accumulator<T>* scores) {
+  using Acc = Accumulator<T>;
+  constexpr int kStep = kLanes<Acc>, ld = kQ * kStep;
+  Vec<Acc> sums[kRows][kQ];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kQ; ++q)
+      sums[r][q] = first ? Vec<Acc>{} : load(scores + r * ld + q * kStep);
+  }
+  const auto multiply = [&](int64_t k) {
+    Vec<Acc> x[kQ];
+#pragma GCC unroll 4
+    for (int q = 0; q < kQ; ++q) {
+      x[q] = load(packed + k * ld + q * kStep);
+      keep_in_register(x[q]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      Vec<Acc> element = broadcast(rows[r * row_stride + k]);
+      if constexpr (kQ > 1) keep_in_register(element);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQ; ++q) sums[r][q] += x[q] * element;
+    }
+  };
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t k = 0;
+  for (; k + kLine <= depth; k += kLine) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) prefetch(ahead.row(r) + k);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kLine; ++i) multiply(k + i);
+  }
+  for (; k < depth; ++k) multiply(k);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int q = 0; q < kQ; ++q) store(sums[r][q] * scale, scores + r * ld + q * kStep);
+  }
+}
+
+// Elements of a row between two visits of the tile's sums, where rows are widened: eight widened
+// rows and as much of the queries stay in the first-level cache.
+constexpr int64_t kWidenedDepth = 512;
+
+template <typename T, int kRows, int kQ>
+inline void score_rows(const RowBlock<T>& rows, int64_t first, const T* next,
+                       const Accumulator<T>* packed, int64_t depth, Accumulator<T> scale,
+                       Accumulator<T>* scores) {
+  using Acc = Accumulator<T>;
+  constexpr int ld = kQ * kLanes<Acc>;
+  RowBlock<T> ahead = {row_ahead(rows, first + kRows, next), rows.stride, kRows};
+  if constexpr (std::is_same_v<T, Acc>) {
+    score_tile<T, kRows, kQ>(rows.row(first), rows.stride, ahead, packed, depth, true, scale,
+                             scores);
+  } else {
+    alignas(64) Acc widened[kRows * kWidenedDepth];
+    for (int64_t k = 0; k < depth; k += kWidenedDepth) {
+      const int64_t count = depth - k < kWidenedDepth ? depth - k : kWidenedDepth;
+      for (int r = 0; r < kRows; ++r) {
+        load_row(rows.row(first + r) + k, widened + r * kWidenedDepth, count);
+      }
+      score_tile<T, kRows, kQ>(widened, kWidenedDepth, ahead, packed + k * ld, count, k == 0,
+                               k + count == depth ? scale : Acc{1}, scores);
+      ahead.data += count;
+    }
+  }
+}
+
+template <typename T, int kQ>
+inline void score_all(const RowBlock<T>& rows, const T* next, const Accumulator<T>* packed,
+                      int64_t depth, Accumulator<T> scale, Accumulator<T>* scores) {
+  using Acc = Accumulator<T>;
+  constexpr int ld = kQ * kLanes<Acc>;
+  constexpr int kMost = kTile / kQ < 16 ? kTile / kQ : 16;
+  int64_t r = 0;
+  const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    while (r + kRows <= rows.count) {
+      score_rows<T, kRows, kQ>(rows, r, next, packed, depth, scale, scores + r * ld);
+      r += kRows;
+    }
+  };
+  run(std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 4) run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+template <typename T>
+void dense_scores(const RowBlock<T>& rows, const Accumulator<T>* packed, int64_t queries,
+                  int64_t depth, Accumulator<T> scale, const T* next, Accumulator<T>* scores) {
+  const int64_t vectors = (queries + kLanes<Accumulator<T>> - 1) / kLanes<Accumulator<T>>;
+  if (vectors == 1) score_all<T, 1>(rows, next, packed, depth, scale, scores);
+  if constexpr (kVectors >= 2) {
+    if (vectors == 2) score_all<T, 2>(rows, next, packed, depth, scale, scores);
+  }
+  if constexpr (kVectors >= 3) {
+    if (vectors == 3) score_all<T, 3>(rows, next, packed, depth, scale, scores);
+  }
+}
+
+// --- sums -------------------------------------------------------------------------------------
+
+// out[0 .. kOutputs, one panel of columns] += weights rows. The panel's rows stay in the
+// first-level cache while all outputs pass.
+template <typename T, int kOutputs, int kColumns, bool kPrefetch>
+inline void sum_tile(const Accumulator<T>* rows, int64_t row_stride, const RowBlock<T>& ahead,
+                     const Accumulator<T>* weights, int64_t output_stride, int64_t weight_stride,
+                     Accumulator<T>* out, int64_t out_stride) {
+  using Acc = Accumulator<T>;
+  constexpr int kStep = kLanes<Acc>;
+  Vec<Acc> sums[kOutputs][kColumns];
+#pragma GCC unroll 8
+  for (int i = 0; i < kOutputs; ++i) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) sums[i][c] = load(out + i * out_stride + c * kStep);
+  }
+  for (int64_t r = 0; r < ahead.count; ++r) {
+    if constexpr (kPrefetch) {
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < kColumns * kStep; c += 64 / sizeof(T)) prefetch(ahead.row(r) + c);
+    }
+    Vec<Acc> values[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) {
+      values[c] = load(rows + r * row_stride + c * kStep);
+      keep_in_register(values[c]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kOutputs; ++i) {
+      Vec<Acc> weight = broadcast(weights[i * output_stride + r * weight_stride]);
+      if constexpr (kColumns > 1) keep_in_register(weight);
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) sums[i][c] += values[c] * weight;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kOutputs; ++i) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) store(sums[i][c], out + i * out_stride + c * kStep);
+  }
+}
+
+template <typename T, int kColumns>
+inline void sum_panel(const Accumulator<T>* rows, int64_t row_stride, const RowBlock<T>& ahead,
+                      const Accumulator<T>* weights, int64_t output_stride, int64_t weight_stride,
+                      int64_t outputs, Accumulator<T>* out, int64_t out_stride) {
+  constexpr int kOutputs = kTile / kColumns < 8 ? kTile / kColumns : 8;
+  int64_t i = 0;
+  const auto run = [&]<int kCount>(std::integral_constant<int, kCount>) {
+    for (; i + kCount <= outputs; i += kCount) {
+      const auto* w = weights + i * output_stride;
+      auto* to = out + i * out_stride;
+      if (i == 0) {  // the rows that come next, while these meet their first outputs
+        sum_tile<T, kCount, kColumns, true>(rows, row_stride, ahead, w, output_stride,
+                                            weight_stride, to, out_stride);
+      } else {
+        sum_tile<T, kCount, kColumns, false>(rows, row_stride, ahead, w, output_stride,
+                                             weight_stride, to, out_stride);
+      }
+    }
+  };
+  run(std::integral_constant<int, kOutputs>{});
+  if constexpr (kOutputs > 2) run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+template <typename T>
+void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
+                      int64_t weight_stride, int64_t outputs, int64_t columns, const T* next,
+                      Accumulator<T>* out, int64_t out_stride) {
+  using Acc = Accumulator<T>;
+  constexpr int kStep = kLanes<Acc>, kColumns = L3EXT_DENSE_COLUMNS, kPanel = kColumns * kStep;
+  constexpr int64_t kChunk = 32;  // rows between two visits of the sums in `out`
+  alignas(64) [[maybe_unused]] Acc widened[kChunk * kPanel];
+  for (int64_t first = 0; first < rows.count; first += kChunk) {
+    const int64_t count = rows.count - first < kChunk ? rows.count - first : kChunk;
+    const Acc* chunk_weights = weights + first * weight_stride;
+    const auto panel = [&]<int kWidth>(std::integral_constant<int, kWidth>, int64_t c) {
+      const RowBlock<T> ahead = {row_ahead(rows, first + count, next) + c, rows.stride, count};
+      const auto sum = [&](const Acc* block, int64_t stride) {
+        sum_panel<T, kWidth>(block, stride, ahead, chunk_weights, output_stride, weight_stride,
+                             outputs, out + c, out_stride);
+      };
+      if constexpr (std::is_same_v<T, Acc>) {
+        sum(rows.row(first) + c, rows.stride);
+      } else {
+        for (int64_t r = 0; r < count; ++r) {
+          load_row(rows.row(first + r) + c, widened + r * kPanel, kWidth * kStep);
+        }
+        sum(widened, kPanel);
+      }
+      return int64_t{kWidth * kStep};
+    };
+    int64_t c = 0;
+    while (c + kPanel <= columns) c += panel(std::integral_constant<int, kColumns>{}, c);
+    while (c + kStep <= columns) c += panel(std::integral_constant<int, 1>{}, c);
+    if (c < columns) {
+      const RowBlock<T> tail = {rows.row(first) + c, rows.stride, count};
+      stream_accumulate<T>(tail, chunk_weights, output_stride, weight_stride, outputs, columns - c,
+                           nullptr, out + c, out_stride);
+    }
+  }
+}

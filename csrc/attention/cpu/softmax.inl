@@ -1,0 +1,66 @@
+// Softmax over the rows, a query in each lane.
+
+// exp for x <= 0. Reduction to |r| <= ln(2)/2 in two steps (Cody and Waite), a polynomial of
+// degree 7 (the Taylor coefficients: its error, 5e-9, is below half a unit of float), then 2^n.
+// Below the smallest normal result: 0. NaN stays NaN.
+inline Vec<float> exp_nonpositive(Vec<float> x) {
+  constexpr float kLowest = -87.0f;
+  const Vec<float> clamped = x < kLowest ? Vec<float>{} + kLowest : x;
+  const Vec<float> shift = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to integer
+  const Vec<float> n = shift - 12582912.0f;
+  const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const I32 exponent = (bit_cast_vector<I32>(shift) << 23) + 0x3f800000;
+  const Vec<float> result = p * bit_cast_vector<Vec<float>>(exponent);
+  return x < kLowest ? Vec<float>{} : result;
+}
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  Vec<double> result;
+  for (int i = 0; i < kLanes<double>; ++i) result[i] = std::exp(x[i]);
+  return result;
+}
+
+template <typename Acc>
+void exponentials(Acc* scores, int64_t rows, int64_t queries, Acc* sums) {
+  constexpr int kStep = kLanes<Acc>;
+  const int64_t ld = (queries + kStep - 1) / kStep * kStep;
+  for (int64_t q = 0; q < queries; q += kStep) {
+    Vec<Acc> max = Vec<Acc>{} - std::numeric_limits<Acc>::infinity();
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<Acc> score = load(scores + r * ld + q);
+      max = score > max ? score : max;
+    }
+    Vec<Acc> sum = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<Acc> p = exp_nonpositive(load(scores + r * ld + q) - max);
+      store(p, scores + r * ld + q);
+      sum += p;
+    }
+    store(sum, sums + q);
+  }
+}
+
+template <typename Acc>
+void softmax_backward(Acc* p, const Acc* sums, Acc* dp, int64_t rows, int64_t queries, Acc scale) {
+  constexpr int kStep = kLanes<Acc>;
+  const int64_t ld = (queries + kStep - 1) / kStep * kStep;
+  for (int64_t q = 0; q < queries; q += kStep) {
+    const Vec<Acc> inverse = Acc{1} / load(sums + q);
+    Vec<Acc> delta = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec<Acc> weight = load(p + r * ld + q) * inverse;
+      store(weight, p + r * ld + q);
+      delta += weight * load(dp + r * ld + q);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = r * ld + q;
+      store(load(p + i) * (load(dp + i) - delta) * scale, dp + i);
+    }
+  }
+}

@@ -1,0 +1,203 @@
+// Few queries: every row comes from memory once and is used a few times, so that what counts is
+// how early it was asked for.
+
+// The row that comes `ahead` rows after the first of `rows`: one of them, or what is read next.
+template <typename T>
+inline const T* row_ahead(const RowBlock<T>& rows, int64_t ahead, const T* next) {
+  if (ahead < rows.count || next == nullptr) return rows.row(ahead < rows.count ? ahead : 0);
+  return next + (ahead - rows.count) * rows.stride;
+}
+
+// Into the second-level cache: the first takes it from there faster than it is used up.
+template <typename T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// The vector that holds element `e` of each of a vector of words, a word being as many stored
+// elements as fit one that is computed with.
+template <typename T, int kBytes>
+struct Words {
+  using Acc = Accumulator<T>;
+  using Word = std::conditional_t<sizeof(Acc) == 8, uint64_t, uint32_t>;
+  using Vector = typename VectorOf<Word, kBytes>::type;
+  using Sums = typename VectorOf<Acc, kBytes>::type;
+  static constexpr int kRows = kBytes / sizeof(Acc);
+  static constexpr int kElements = sizeof(Acc) / sizeof(T);
+  static constexpr int64_t kStep = int64_t{kRows} * kElements;
+};
+
+// A vector of rows, an element of each, meets an element of each query: the sums run along the
+// depth in the same order as in dense.inl, so that a query's bits do not depend on how many share
+// its segment. Blocks of rows are transposed in registers, word by word, before they are widened.
+template <typename T, int kBytes, int kQueries, bool kPrefetch>
+inline void stream_block(const T* const* rows, const T* const* ahead, int64_t count,
+                         const Accumulator<T>* x, int64_t depth, Accumulator<T> scale,
+                         Accumulator<T>* scores, int64_t ld) {
+  using W = Words<T, kBytes>;
+  typename W::Sums sums[kQueries] = {};
+  const auto multiply = [&](const typename W::Vector& word, int64_t k, int64_t elements) {
+    const auto element = [&]<int kElement>(std::integral_constant<int, kElement>) {
+      if (kElement >= elements) return;
+      const typename W::Sums value = widen_word<T, kElement>(word);
+#pragma GCC unroll 4
+      for (int q = 0; q < kQueries; ++q) sums[q] += value * x[q * depth + k + kElement];
+    };
+    element(std::integral_constant<int, 0>{});
+    if constexpr (W::kElements >= 2) element(std::integral_constant<int, 1>{});
+  };
+  typename W::Vector block[W::kRows];
+  int64_t k = 0;
+  for (; k + W::kStep <= depth; k += W::kStep) {
+#pragma GCC unroll 16
+    for (int r = 0; r < W::kRows; ++r) {
+      if constexpr (kPrefetch) prefetch(ahead[r] + k);
+      block[r] = load_raw<typename W::Vector>(rows[r] + k);
+    }
+    transpose<typename W::Word, kBytes>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < W::kRows; ++i) multiply(block[i], k + i * W::kElements, W::kElements);
+  }
+  if (k < depth) {
+    for (int r = 0; r < W::kRows; ++r) {
+      block[r] = typename W::Vector{};
+      std::memcpy(&block[r], rows[r] + k, static_cast<size_t>(depth - k) * sizeof(T));
+    }
+    transpose<typename W::Word, kBytes>(block);
+    for (int i = 0; k < depth; ++i, k += W::kElements) multiply(block[i], k, depth - k);
+  }
+  for (int q = 0; q < kQueries; ++q) {
+    for (int64_t r = 0; r < count; ++r) scores[r * ld + q] = scale * sums[q][r];
+  }
+}
+
+// Rows [first, first + count), as many as a vector of kBytes has lanes or fewer.
+template <typename T, int kBytes>
+inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count, const T* next,
+                        const Accumulator<T>* x, int64_t queries, int64_t depth,
+                        Accumulator<T> scale, Accumulator<T>* scores, int64_t ld) {
+  constexpr int kRows = Words<T, kBytes>::kRows;
+  const T* row[kRows];
+  const T* ahead[kRows];
+  for (int r = 0; r < kRows; ++r) {  // lanes without a row repeat the last
+    row[r] = rows.row(first + (r < count ? r : count - 1));
+    ahead[r] = row_ahead(rows, first + count + r, next);
+  }
+  int64_t q = 0;
+  const auto run = [&]<int kQueries>(std::integral_constant<int, kQueries>) {
+    for (; q + kQueries <= queries; q += kQueries) {
+      const auto* xs = x + q * depth;
+      if (q == 0) {  // the first pass meets cold rows: it asks for the next ones
+        stream_block<T, kBytes, kQueries, true>(row, ahead, count, xs, depth, scale, scores, ld);
+      } else {
+        stream_block<T, kBytes, kQueries, false>(row, ahead, count, xs, depth, scale, scores + q,
+                                                 ld);
+      }
+    }
+  };
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+template <typename T>
+void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t queries, int64_t depth,
+                   Accumulator<T> scale, const T* next, Accumulator<T>* scores) {
+  using Acc = Accumulator<T>;
+  const int64_t ld = (queries + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+  std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(Acc));
+  for (int64_t r = 0; r < rows.count;) {
+    // Half the lanes where half are enough: half the work on as many rows.
+    const auto run = [&]<int kBytes>(std::integral_constant<int, kBytes>) {
+      const int64_t left = rows.count - r;
+      const int64_t count = left < Words<T, kBytes>::kRows ? left : Words<T, kBytes>::kRows;
+      stream_rows<T, kBytes>(rows, r, count, next, x, queries, depth, scale, scores + r * ld, ld);
+      r += count;
+    };
+    constexpr int kBytes = L3EXT_VECTOR_BYTES;
+    const int64_t left = rows.count - r;
+    if constexpr (kBytes >= 64) {
+      if (left <= kLanes<Acc> / 4) {
+        run(std::integral_constant<int, kBytes / 4>{});
+        continue;
+      }
+    }
+    if constexpr (kBytes >= 32) {
+      if (left <= kLanes<Acc> / 2) {
+        run(std::integral_constant<int, kBytes / 2>{});
+        continue;
+      }
+    }
+    run(std::integral_constant<int, kBytes>{});
+  }
+}
+
+// out[i, :] += the sum of kRows weighted rows: the rows pass once, the sums stay in the first-level
+// cache.
+template <typename T, int kRows, int kOutputs>
+inline void stream_sum(const T* const* rows, const T* const* ahead, const Accumulator<T>* weights,
+                       int64_t output_stride, int64_t row_stride, int64_t columns,
+                       Accumulator<T>* out, int64_t out_stride) {
+  using Acc = Accumulator<T>;
+  constexpr int kStep = kLanes<Acc>;
+  Acc weight[kOutputs][kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kOutputs; ++i) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) weight[i][r] = weights[i * output_stride + r * row_stride];
+  }
+  int64_t c = 0;
+  for (; c + kStep <= columns; c += kStep) {
+    Vec<Acc> values[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      prefetch(ahead[r] + c);
+      values[r] = load(rows[r] + c);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kOutputs; ++i) {
+      Vec<Acc> sum = load(out + i * out_stride + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum += values[r] * weight[i][r];
+      store(sum, out + i * out_stride + c);
+    }
+  }
+  if (c < columns) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kOutputs; ++i) {
+      Vec<Acc> sum = load_partial(out + i * out_stride + c, columns - c);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum += load_partial(rows[r] + c, columns - c) * weight[i][r];
+      store_partial<Acc>(sum, out + i * out_stride + c, columns - c);
+    }
+  }
+}
+
+template <typename T>
+void stream_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
+                       int64_t row_stride, int64_t outputs, int64_t columns, const T* next,
+                       Accumulator<T>* out, int64_t out_stride) {
+  int64_t r = 0;
+  const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    const T* row[kRows];
+    const T* ahead[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      row[i] = rows.row(r + i);
+      ahead[i] = row_ahead(rows, r + i + kRows, next);
+    }
+    const auto* w = weights + r * row_stride;
+    int64_t i = 0;
+    for (; i + 2 <= outputs; i += 2) {
+      stream_sum<T, kRows, 2>(row, ahead, w + i * output_stride, output_stride, row_stride, columns,
+                              out + i * out_stride, out_stride);
+    }
+    if (i < outputs) {
+      stream_sum<T, kRows, 1>(row, ahead, w + i * output_stride, output_stride, row_stride, columns,
+                              out + i * out_stride, out_stride);
+    }
+    return kRows;
+  };
+  constexpr int kRows = 4;
+  while (r + kRows <= rows.count) r += run(std::integral_constant<int, kRows>{});
+  while (r < rows.count) r += run(std::integral_constant<int, 1>{});
+}

@@ -1,0 +1,242 @@
+// Vectors of the compiler's own kind (the same source is SSE2, AVX2, AVX-512 or NEON), loads that
+// widen, stores that round.
+
+template <typename Lane, int kBytes>
+struct VectorOf {
+  typedef Lane type __attribute__((vector_size(kBytes)));
+};
+template <typename Acc>
+using Vec = typename VectorOf<Acc, L3EXT_VECTOR_BYTES>::type;
+template <typename Acc>
+constexpr int kLanes = L3EXT_VECTOR_BYTES / sizeof(Acc);
+
+template <typename V, typename From>
+inline V load_raw(const From* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename To, typename From>
+inline To bit_cast_vector(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &v, sizeof(to));
+  return to;
+}
+
+using U32 = typename VectorOf<uint32_t, L3EXT_VECTOR_BYTES>::type;
+using I32 = typename VectorOf<int32_t, L3EXT_VECTOR_BYTES>::type;
+using U16 = typename VectorOf<uint16_t, L3EXT_VECTOR_BYTES / 2>::type;
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7fffu;
+  uint32_t bits;
+  if (magnitude >= 0x7c00u) {  // infinity, NaN (kept quiet)
+    bits =
+        sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) | (magnitude > 0x7c00u ? 0x400000u : 0);
+  } else if (magnitude >= 0x400u) {
+    bits = sign | ((magnitude + 0x1c000u) << 13);
+  } else {  // zero or subnormal: magnitude * 2^-24 is exact in float
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((bits >> 13) & 0x3ffu));
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds past 65504
+  if (bits < 0x38800000u) {  // subnormal: the addition rounds to a multiple of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    const float shifted = magnitude + 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &shifted, 4);
+    return static_cast<uint16_t>(sign | (rounded - 0x3f000000u));
+  }
+  bits += 0xc8000fffu + ((bits >> 13) & 1u);  // rebias the exponent, round to nearest even
+  return static_cast<uint16_t>(sign | (bits >> 13));
+}
+
+inline Vec<double> load(const double* p) { return load_raw<Vec<double>>(p); }
+inline Vec<float> load(const float* p) { return load_raw<Vec<float>>(p); }
+inline Vec<float> load(const BFloat16* p) {
+  return bit_cast_vector<Vec<float>>(__builtin_convertvector(load_raw<U16>(p), U32) << 16);
+}
+// Of as many halves as the argument holds.
+inline auto widen_halves(typename VectorOf<uint16_t, 8>::type halves) {
+  typename VectorOf<float, 16>::type v;
+  for (int i = 0; i < 4; ++i) v[i] = half_to_float(halves[i]);
+  return v;
+}
+#if L3EXT_VECTOR_BYTES >= 32
+inline auto widen_halves(typename VectorOf<uint16_t, 16>::type halves) {
+  return bit_cast_vector<typename VectorOf<float, 32>::type>(
+      _mm256_cvtph_ps(bit_cast_vector<__m128i>(halves)));
+}
+#endif
+#if L3EXT_VECTOR_BYTES >= 64
+inline auto widen_halves(typename VectorOf<uint16_t, 32>::type halves) {
+  return bit_cast_vector<typename VectorOf<float, 64>::type>(
+      _mm512_maskz_cvtph_ps(0xffff, bit_cast_vector<__m256i>(halves)));
+}
+#endif
+inline Vec<float> load(const Float16* p) { return widen_halves(load_raw<U16>(p)); }
+
+inline void store(Vec<double> v, double* p) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(Vec<float> v, float* p) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(Vec<float> v, BFloat16* p) {
+  const U32 bits = bit_cast_vector<U32>(v);
+  const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U32 quiet = (bits >> 16) | 0x40u;
+  const U32 chosen = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  const U16 narrow = __builtin_convertvector(chosen, U16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+inline void store(Vec<float> v, Float16* p) {
+#if L3EXT_VECTOR_BYTES == 64
+  const __m256i narrow =
+      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+#elif L3EXT_VECTOR_BYTES == 32
+  const __m128i narrow = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+// Keeps a loaded vector in a register. Otherwise GCC folds the load into every multiplication that
+// uses the vector: as many loads as FMAs, of which the processor does no more a cycle.
+template <typename V>
+inline void keep_in_register(V& v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#else
+  static_cast<void>(v);
+#endif
+}
+
+// The same number in every lane. (0 - x would be an addition: x - 0 is x, for -0 too.)
+template <typename Acc>
+inline Vec<Acc> broadcast(Acc x) {
+  return x - Vec<Acc>{};
+}
+
+// The first `count` lanes; the rest are zero and nothing past them is read.
+template <typename T>
+inline auto load_partial(const T* p, int64_t count) {
+  T buffer[kLanes<Accumulator<T>>] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <typename Acc, typename T>
+inline void store_partial(Vec<Acc> v, T* p, int64_t count) {
+  T buffer[kLanes<Acc>];
+  store(v, buffer);
+  std::memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+
+// v with its lanes moved down by kDistance, cyclically.
+template <typename Acc, int kDistance, size_t... kLane>
+inline Vec<Acc> rotate_lanes(Vec<Acc> v, std::index_sequence<kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((kLane + kDistance) % sizeof...(kLane))...);
+#else
+  using Index = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  using Indices = typename VectorOf<Index, L3EXT_VECTOR_BYTES>::type;
+  return __builtin_shuffle(v, Indices{((kLane + kDistance) % sizeof...(kLane))...});
+#endif
+}
+
+// Halves are added until one lane is left: a fixed order for each width.
+template <typename Acc, int kWidth = kLanes<Acc> / 2>
+inline Acc sum_lanes(Vec<Acc> v) {
+  v += rotate_lanes<Acc, kWidth>(v, std::make_index_sequence<kLanes<Acc>>());
+  if constexpr (kWidth > 1) {
+    return sum_lanes<Acc, kWidth / 2>(v);
+  } else {
+    return v[0];
+  }
+}
+
+template <typename T>
+void load_row(const T* from, Accumulator<T>* to, int64_t count) {
+  using Acc = Accumulator<T>;
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) store(load(from + i), to + i);
+  if (i < count) store_partial<Acc>(load_partial(from + i, count - i), to + i, count - i);
+}
+
+template <typename T>
+void store_row(const Accumulator<T>* from, Accumulator<T> factor, T* to, int64_t count) {
+  using Acc = Accumulator<T>;
+  int64_t i = 0;
+  for (; i + kLanes<Acc> <= count; i += kLanes<Acc>) store(load(from + i) * factor, to + i);
+  if (i < count) store_partial<Acc>(load_partial(from + i, count - i) * factor, to + i, count - i);
+}
+
+// --- transposes -------------------------------------------------------------------------------
+
+// Swaps lanes crosswise between two vectors, kDistance apart: one step of a transpose.
+template <typename Lane, int kBytes, int kDistance, size_t... kLane>
+inline void exchange(typename VectorOf<Lane, kBytes>::type& a,
+                     typename VectorOf<Lane, kBytes>::type& b, std::index_sequence<kLane...>) {
+  using Vector = typename VectorOf<Lane, kBytes>::type;
+  constexpr int kAll = sizeof...(kLane);
+#if defined(__clang__)
+  const Vector low =
+      __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLane - kDistance + kAll : kLane)...);
+  const Vector high =
+      __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLane + kAll : kLane + kDistance)...);
+#else
+  using Index = std::conditional_t<sizeof(Lane) == 8, int64_t, int32_t>;
+  using Indices = typename VectorOf<Index, kBytes>::type;
+  const Vector low =
+      __builtin_shuffle(a, b, Indices{((kLane & kDistance) ? kLane - kDistance + kAll : kLane)...});
+  const Vector high =
+      __builtin_shuffle(a, b, Indices{((kLane & kDistance) ? kLane + kAll : kLane + kDistance)...});
+#endif
+  a = low;
+  b = high;
+}
+
+// Transposes a square block, a vector a row. Wide steps first: they are shuffles of whole lanes.
+template <typename Lane, int kBytes, int kDistance = kBytes / sizeof(Lane) / 2>
+inline void transpose(typename VectorOf<Lane, kBytes>::type* v) {
+  constexpr int kAll = kBytes / sizeof(Lane);
+#pragma GCC unroll 16
+  for (int i = 0; i < kAll; ++i) {
+    if ((i & kDistance) == 0) {
+      exchange<Lane, kBytes, kDistance>(v[i], v[i + kDistance], std::make_index_sequence<kAll>());
+    }
+  }
+  if constexpr (kDistance > 1) transpose<Lane, kBytes, kDistance / 2>(v);
+}
+
+// Of every word, its stored element number kElement, widened.
+template <typename T, int kElement, typename WordVector>
+inline auto widen_word(WordVector words) {
+  constexpr int kBytes = sizeof(WordVector);
+  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+    return bit_cast_vector<typename VectorOf<T, kBytes>::type>(words);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return bit_cast_vector<typename VectorOf<float, kBytes>::type>(
+        kElement == 0 ? words << 16 : words & 0xffff0000u);
+  } else {
+    const auto halves = __builtin_convertvector(kElement == 0 ? words & 0xffffu : words >> 16,
+                                                typename VectorOf<uint16_t, kBytes / 2>::type);
+    return widen_halves(halves);
+  }
+}
