@@ -78,11 +78,11 @@ class Backward {
 
   // What a thread needs besides: for one unit's queries, or for a slice of a segment's rows.
   struct Work {
-    Acc* x;
-    Acc* dy;
-    Acc* packed;
-    Acc* softmax_sums;
-    Acc* gradients;
+    Acc* x;             // [queries, d_in]
+    Acc* dy;            // [queries, d_emb]
+    Acc* packed;        // one of them
+    Acc* softmax_sums;  // [padded queries]
+    Acc* sums;          // [queries or rows of a slice, stride_]: gradients
   };
 
   Work carve_work(Carver& carver, int64_t queries) const {
@@ -92,7 +92,7 @@ class Backward {
     work.packed = carver.take<Acc>(std::max(kernels_.packed_elements(queries, p_.d_in),
                                             kernels_.packed_elements(queries, p_.d_emb)));
     work.softmax_sums = carver.take<Acc>(kernels_.padded(queries));
-    work.gradients = carver.take<Acc>(kRowSlice * std::max(p_.d_in, p_.d_emb));
+    work.sums = carver.take<Acc>(std::max(kRowSlice, queries) * stride_);
     return work;
   }
 
@@ -140,7 +140,7 @@ class Backward {
       const Saved saved = carve(carver, unit);
       const Work work = carve_work(carver, unit.queries());
       query_gradients(unit, saved, work);
-      if (wants_rows()) row_gradients(unit, {&saved, 1}, 0, unit.rows(), work.gradients);
+      if (wants_rows()) row_gradients(unit, {&saved, 1}, 0, unit.rows(), work.sums);
     });
   }
 
@@ -188,8 +188,7 @@ class Backward {
       carve_work(sizes, 0);
       Carver scratch(thread_scratch(sizes.bytes()));
       const Slice& slice = slices[i];
-      row_gradients(*slice.segment, slice.of, slice.begin, slice.end,
-                    carve_work(scratch, 0).gradients);
+      row_gradients(*slice.segment, slice.of, slice.begin, slice.end, carve_work(scratch, 0).sums);
     });
   }
 
@@ -224,40 +223,40 @@ class Backward {
     kernels_.scores(values, work.dy, work.packed, queries, p_.d_emb, Acc{1}, keys.data, saved.ds);
     kernels_.softmax_backward(saved.p, work.softmax_sums, saved.ds, rows, queries, scale);
     if (!wants_dx()) return;
-    Acc* dx = work.x;  // its last reader was the first product
-    std::fill_n(dx, queries * p_.d_in, Acc{});
-    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, nullptr, dx, p_.d_in);
+    std::fill_n(work.sums, queries * stride_, Acc{});
+    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, nullptr, work.sums,
+                        stride_);
     for (int64_t q = 0; q < queries; ++q) {
-      kernels_.store(dx + q * p_.d_in, Acc{1}, at(p_.dx, positions[q]), p_.d_in);
+      kernels_.store(work.sums + q * stride_, Acc{1}, at(p_.dx, positions[q]), p_.d_in);
     }
   }
 
   // Gradients of the rows [begin, end) of a segment whose queries are those of `parts`, in order.
   void row_gradients(const Unit& segment, std::span<const Saved> parts, int64_t begin, int64_t end,
-                     Acc* gradients) const {
+                     Acc* sums) const {
     const int64_t first =
         p_.segment_gradients == nullptr ? segment.row_begin : p_.segment_gradients[segment.segment];
     for (int64_t r = begin; r < end; r += kRowSlice) {
       const int64_t count = std::min(kRowSlice, end - r);
       const auto write = [&](const MutableRows& to, int64_t columns) {
         for (int64_t i = 0; i < count; ++i) {
-          kernels_.store(gradients + i * columns, Acc{1}, at(to, first + r + i), columns);
+          kernels_.store(sums + i * stride_, Acc{1}, at(to, first + r + i), columns);
         }
       };
-      std::fill_n(gradients, count * p_.d_in, Acc{});
+      std::fill_n(sums, count * stride_, Acc{});
       if (segment.rows() > 1) {
         for (const Saved& part : parts) {
           kernels_.accumulate({part.x, p_.d_in, part.queries}, part.ds + r * part.padded,
-                              part.padded, 1, count, p_.d_in, nullptr, gradients, p_.d_in);
+                              part.padded, 1, count, p_.d_in, nullptr, sums, stride_);
         }
       }
       if (!tied()) {
         write(p_.dkeys, p_.d_in);
-        std::fill_n(gradients, count * p_.d_emb, Acc{});
+        std::fill_n(sums, count * stride_, Acc{});
       }
       for (const Saved& part : parts) {
         kernels_.accumulate({part.dy, p_.d_emb, part.queries}, part.p + r * part.padded,
-                            part.padded, 1, count, p_.d_emb, nullptr, gradients, p_.d_emb);
+                            part.padded, 1, count, p_.d_emb, nullptr, sums, stride_);
       }
       write(tied() ? p_.dkeys : p_.dvalues, p_.d_emb);
     }
@@ -268,6 +267,7 @@ class Backward {
 
   const SegmentedAttentionBackwardParams& p_;
   const RowKernels<T>& kernels_;
+  const int64_t stride_ = sum_stride<Acc>(std::max(p_.d_in, p_.d_emb));
   std::unique_ptr<std::byte[]> workspace_;
   size_t workspace_bytes_ = 0;
 };

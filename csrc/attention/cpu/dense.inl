@@ -78,31 +78,22 @@ inline void score_tile(const Accumulator<T>* rows, int64_t row_stride, const Row
   }
 }
 
-// Elements of a row between two visits of the tile's sums, where rows are widened: eight widened
-// rows and as much of the queries stay in the first-level cache.
-constexpr int64_t kWidenedDepth = 512;
+// Elements of a row between two visits of a tile's sums: so much of all queries (24 KiB) stays in
+// the first-level cache while a group of tiles passes.
+constexpr int64_t kDepth = 128;
+constexpr int64_t kTilesOfGroup = 4;
 
 template <typename T, int kRows, int kQ>
-inline void score_rows(const RowBlock<T>& rows, int64_t first, const T* next,
-                       const Accumulator<T>* packed, int64_t depth, Accumulator<T> scale,
-                       Accumulator<T>* scores) {
+inline void score_rows(const RowBlock<T>& rows, const RowBlock<T>& ahead,
+                       const Accumulator<T>* packed, int64_t depth, bool first,
+                       Accumulator<T> scale, Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
-  constexpr int ld = kQ * kLanes<Acc>;
-  RowBlock<T> ahead = {row_ahead(rows, first + kRows, next), rows.stride, kRows};
   if constexpr (std::is_same_v<T, Acc>) {
-    score_tile<T, kRows, kQ>(rows.row(first), rows.stride, ahead, packed, depth, true, scale,
-                             scores);
+    score_tile<T, kRows, kQ>(rows.data, rows.stride, ahead, packed, depth, first, scale, scores);
   } else {
-    alignas(64) Acc widened[kRows * kWidenedDepth];
-    for (int64_t k = 0; k < depth; k += kWidenedDepth) {
-      const int64_t count = depth - k < kWidenedDepth ? depth - k : kWidenedDepth;
-      for (int r = 0; r < kRows; ++r) {
-        load_row(rows.row(first + r) + k, widened + r * kWidenedDepth, count);
-      }
-      score_tile<T, kRows, kQ>(widened, kWidenedDepth, ahead, packed + k * ld, count, k == 0,
-                               k + count == depth ? scale : Acc{1}, scores);
-      ahead.data += count;
-    }
+    alignas(64) Acc widened[kRows * kDepth];
+    for (int r = 0; r < kRows; ++r) load_row(rows.row(r), widened + r * kDepth, depth);
+    score_tile<T, kRows, kQ>(widened, kDepth, ahead, packed, depth, first, scale, scores);
   }
 }
 
@@ -112,16 +103,27 @@ inline void score_all(const RowBlock<T>& rows, const T* next, const Accumulator<
   using Acc = Accumulator<T>;
   constexpr int ld = kQ * kLanes<Acc>;
   constexpr int kMost = kTile / kQ < 16 ? kTile / kQ : 16;
-  int64_t r = 0;
-  const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
-    while (r + kRows <= rows.count) {
-      score_rows<T, kRows, kQ>(rows, r, next, packed, depth, scale, scores + r * ld);
-      r += kRows;
+  constexpr int64_t kGroup = kTilesOfGroup * kMost;
+  for (int64_t group = 0; group < rows.count; group += kGroup) {
+    const int64_t end = group + kGroup < rows.count ? group + kGroup : rows.count;
+    const T* after = row_ahead(rows, end, next);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t count = depth - k < kDepth ? depth - k : kDepth;
+      const Acc factor = k + count == depth ? scale : Acc{1};
+      int64_t r = group;
+      const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+        for (; r + kRows <= end; r += kRows) {
+          const RowBlock<T> tile = {rows.row(r) + k, rows.stride, kRows};
+          const RowBlock<T> ahead = {after + (r - group) * rows.stride + k, rows.stride, kRows};
+          score_rows<T, kRows, kQ>(tile, ahead, packed + k * ld, count, k == 0, factor,
+                                   scores + r * ld);
+        }
+      };
+      run(std::integral_constant<int, kMost>{});
+      if constexpr (kMost > 4) run(std::integral_constant<int, 4>{});
+      run(std::integral_constant<int, 1>{});
     }
-  };
-  run(std::integral_constant<int, kMost>{});
-  if constexpr (kMost > 4) run(std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, 1>{});
+  }
 }
 
 template <typename T>
@@ -209,25 +211,19 @@ void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t o
                       Accumulator<T>* out, int64_t out_stride) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>, kColumns = L3EXT_DENSE_COLUMNS, kPanel = kColumns * kStep;
-  constexpr int64_t kChunk = 32;  // rows between two visits of the sums in `out`
-  alignas(64) [[maybe_unused]] Acc widened[kChunk * kPanel];
+  constexpr int64_t kChunk = 64;  // rows between two visits of the sums in `out`
+  alignas(64) Acc block[kChunk * kPanel];
   for (int64_t first = 0; first < rows.count; first += kChunk) {
     const int64_t count = rows.count - first < kChunk ? rows.count - first : kChunk;
     const Acc* chunk_weights = weights + first * weight_stride;
     const auto panel = [&]<int kWidth>(std::integral_constant<int, kWidth>, int64_t c) {
       const RowBlock<T> ahead = {row_ahead(rows, first + count, next) + c, rows.stride, count};
-      const auto sum = [&](const Acc* block, int64_t stride) {
-        sum_panel<T, kWidth>(block, stride, ahead, chunk_weights, output_stride, weight_stride,
-                             outputs, out + c, out_stride);
-      };
-      if constexpr (std::is_same_v<T, Acc>) {
-        sum(rows.row(first) + c, rows.stride);
-      } else {
-        for (int64_t r = 0; r < count; ++r) {
-          load_row(rows.row(first + r) + c, widened + r * kPanel, kWidth * kStep);
-        }
-        sum(widened, kPanel);
+      // Rows whose distance is a multiple of 4 KiB, say, would push each other out of the cache.
+      for (int64_t r = 0; r < count; ++r) {
+        load_row(rows.row(first + r) + c, block + r * kPanel, kWidth * kStep);
       }
+      sum_panel<T, kWidth>(block, kPanel, ahead, chunk_weights, output_stride, weight_stride,
+                           outputs, out + c, out_stride);
       return int64_t{kWidth * kStep};
     };
     int64_t c = 0;

@@ -44,7 +44,7 @@ class Forward {
     Acc* packed;  // x once more, as the kernel wants it
     Acc* scores;  // [rows, padded queries], then the softmax's numerators
     Acc* sums;    // [padded queries], of the numerators
-    Acc* y;       // [queries, d_emb]
+    Acc* y;       // [queries, y_stride]
   };
 
   Work carve(Carver& carver, const Unit& unit) const {
@@ -54,7 +54,7 @@ class Forward {
     work.packed = carver.take<Acc>(kernels_.packed_elements(unit.queries(), p_.d_in));
     work.scores = carver.take<Acc>(unit.rows() * padded);
     work.sums = carver.take<Acc>(padded);
-    work.y = carver.take<Acc>(unit.queries() * p_.d_emb);
+    work.y = carver.take<Acc>(unit.queries() * y_stride_);
     return work;
   }
 
@@ -106,7 +106,7 @@ class Forward {
       kernels_.load(x_row(unit.query_begin + q), work.x + q * p_.d_in, p_.d_in);
     }
     kernels_.pack(work.x, unit.queries(), p_.d_in, work.packed);
-    std::fill_n(work.y, unit.queries() * p_.d_emb, Acc{});
+    std::fill_n(work.y, unit.queries() * y_stride_, Acc{});
   }
 
   void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end) const {
@@ -121,9 +121,9 @@ class Forward {
     RowBlock<T> block = values(unit);
     block.data += column;
     kernels_.accumulate(block, work.scores, 1, kernels_.padded(unit.queries()), unit.queries(),
-                        columns, next_row, work.y + column, p_.d_emb);
+                        columns, next_row, work.y + column, y_stride_);
     for (int64_t q = 0; q < unit.queries(); ++q) {
-      kernels_.store(work.y + q * p_.d_emb + column, Acc{1} / work.sums[q],
+      kernels_.store(work.y + q * y_stride_ + column, Acc{1} / work.sums[q],
                      y_row(unit.query_begin + q) + column, columns);
     }
   }
@@ -186,6 +186,7 @@ class Forward {
 
   const SegmentedAttentionParams& p_;
   const RowKernels<T>& kernels_;
+  const int64_t y_stride_ = sum_stride<Acc>(p_.d_emb);
 };
 
 }  // namespace

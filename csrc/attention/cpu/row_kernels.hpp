@@ -48,6 +48,7 @@ struct RowKernels {
 
   // out[i * out_stride + c] += sum over r, ascending, of
   // weights[i * output_stride + r * row_stride] * row r [c], for i < outputs and c < columns.
+  // Fast where out_stride is sum_stride(columns).
   void (*accumulate)(RowBlock<T> rows, const Acc* weights, int64_t output_stride,
                      int64_t row_stride, int64_t outputs, int64_t columns, const T* next, Acc* out,
                      int64_t out_stride);
@@ -63,6 +64,14 @@ struct RowKernels {
   void (*softmax_backward)(Acc* p, const Acc* sums, Acc* dp, int64_t rows, int64_t queries,
                            Acc scale);
 };
+
+// A distance of rows of sums that is an odd number of cache lines: equal columns of many rows then
+// lie in different sets of the first-level cache.
+template <typename Acc>
+constexpr int64_t sum_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(Acc);
+  return ((columns + kLine - 1) / kLine | 1) * kLine;
+}
 
 template <typename T>
 const RowKernels<T>& row_kernels(CpuIsa isa);
