@@ -21,7 +21,7 @@ const RowKernels<T>& table();
 template <typename T>
 const RowKernels<T>& row_kernels(CpuIsa isa) {
 #if defined(__x86_64__)
-  if (isa == CpuIsa::kAvx512) return avx512::table<T>();
+  if (isa >= CpuIsa::kAvx512) return avx512::table<T>();
   if (isa == CpuIsa::kAvx2) return avx2::table<T>();
 #endif
   static_cast<void>(isa);
