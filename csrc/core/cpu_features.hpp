@@ -15,8 +15,8 @@ enum class CpuIsa {
   kAvx512Bf16,  // vdpbf16ps
   kAmx,         // AMX-TILE, AMX-BF16
 };
-constexpr std::array kCpuIsas = {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512,
-                                 CpuIsa::kAvx512Bf16, CpuIsa::kAmx};
+inline constexpr std::array kCpuIsas = {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512,
+                                        CpuIsa::kAvx512Bf16, CpuIsa::kAmx};
 
 const char* cpu_isa_name(CpuIsa isa);
 
