@@ -138,8 +138,8 @@ void check_scores(const RowKernels<T>& kernels, const Shape& shape, std::mt19937
   const Guarded<Acc> scores(row_count * padded);
   for (int64_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<Acc>(kNaN);
   const double scale = depth % 2 == 0 ? 1.0 : -0.75;
-  kernels.pack(x.stored.data(), queries, depth, packed.data());
-  kernels.scores(rows.block(), x.stored.data(), packed.data(), queries, depth,
+  kernels.pack(x.stored.data(), depth, queries, depth, packed.data());
+  kernels.scores(rows.block(), x.stored.data(), depth, packed.data(), queries, depth,
                  static_cast<Acc>(scale), nullptr, scores.data());
   const std::string name =
       l3ext::concat(row_count, " rows, ", queries, " queries, ", depth, " deep");
@@ -257,9 +257,9 @@ void nan_stays_where_it_belongs() {
         const Matrix<Acc> x(queries, kColumns, 0, random);
         std::vector<Acc> packed(kernels.packed_elements(queries, kColumns));
         std::vector<Acc> scores(kRows * kernels.padded(queries));
-        kernels.pack(x.stored.data(), queries, kColumns, packed.data());
-        kernels.scores(rows.block(), x.stored.data(), packed.data(), queries, kColumns, Acc{1},
-                       nullptr, scores.data());
+        kernels.pack(x.stored.data(), kColumns, queries, kColumns, packed.data());
+        kernels.scores(rows.block(), x.stored.data(), kColumns, packed.data(), queries, kColumns,
+                       Acc{1}, nullptr, scores.data());
         std::vector<Acc> above(queries * kColumns), all(queries * kColumns);
         const Weights<Acc> weights(queries, kRows, true, random);
         for (const auto& [count, out] : {std::pair{kBad, &above}, std::pair{kRows, &all}}) {

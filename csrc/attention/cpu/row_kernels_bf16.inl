@@ -76,14 +76,14 @@ int64_t packed_elements(int64_t queries, int64_t depth) {
 
 // packed[k / 2][q]: elements k and k + 1 of query q. Zeros beside the queries and below `depth`.
 // The queries come from bfloat16: rounding is exact.
-void pack(const float* x, int64_t queries, int64_t depth, float* packed) {
+void pack(const float* x, int64_t x_stride, int64_t queries, int64_t depth, float* packed) {
   if (are_few(queries)) return;
   const int64_t stride = round_up(queries, kWords);
   for (int64_t q = 0; q < stride; q += kWords) {
     for (int64_t k = 0; k < depth; k += kDepth) {
       U32 words[kWords];
       for (int64_t i = 0; i < kWords; ++i) {
-        words[i] = q + i < queries ? load_rounded(x + (q + i) * depth + k, depth - k) : U32{};
+        words[i] = q + i < queries ? load_rounded(x + (q + i) * x_stride + k, depth - k) : U32{};
       }
       transpose<uint32_t, L3EXT_VECTOR_BYTES>(words);
       for (int64_t i = 0; i < kWords; ++i) {
@@ -93,10 +93,10 @@ void pack(const float* x, int64_t queries, int64_t depth, float* packed) {
   }
 }
 
-void scores(RowBlock<BFloat16> rows, const float* x, const float* packed, int64_t queries,
-            int64_t depth, float scale, const BFloat16* next, float* out) {
+void scores(RowBlock<BFloat16> rows, const float* x, int64_t x_stride, const float* packed,
+            int64_t queries, int64_t depth, float scale, const BFloat16* next, float* out) {
   if (are_few(queries)) {
-    avx512::table<BFloat16>().scores(rows, x, nullptr, queries, depth, scale, next, out);
+    avx512::table<BFloat16>().scores(rows, x, x_stride, nullptr, queries, depth, scale, next, out);
     return;
   }
   constexpr int64_t kRows = 32;
