@@ -36,6 +36,14 @@ uint32_t checked_vocab_size(int64_t vocab_size) {
   return static_cast<uint32_t>(vocab_size);
 }
 
+uint32_t checked_max_codewords(std::optional<int64_t> max_codewords, int64_t vocab_size) {
+  if (!max_codewords) return Dictionary::kNone;
+  L3EXT_CHECK(*max_codewords >= vocab_size && *max_codewords < Dictionary::kNone,
+              "max_codewords: expected vocab_size = ", vocab_size,
+              " (every token is a codeword) to 4294967294, got ", *max_codewords);
+  return static_cast<uint32_t>(*max_codewords);
+}
+
 void check_offsets(std::span<const int64_t> offsets, int64_t num_tokens) {
   L3EXT_CHECK(!offsets.empty(), "offsets: expected documents + 1 entries, got none");
   L3EXT_CHECK(offsets[0] == 0, "offsets: expected offsets[0] = 0, got ", offsets[0]);
@@ -82,8 +90,10 @@ void check_tokens(std::span<const Token> tokens, std::span<const int64_t> offset
 
 }  // namespace
 
-Counter::Counter(int64_t vocab_size, Parse parse)
-    : parse_(parse), dictionary_(checked_vocab_size(vocab_size)) {
+Counter::Counter(int64_t vocab_size, Parse parse, std::optional<int64_t> max_codewords)
+    : parse_(parse),
+      max_codewords_(checked_max_codewords(max_codewords, vocab_size)),
+      dictionary_(checked_vocab_size(vocab_size)) {
   const auto size = static_cast<size_t>(vocab_size);
   counts_.resize(size);
   frequency_.resize(size);
@@ -180,6 +190,7 @@ void Counter::set_back(uint32_t id, Journal& journal) {
 }
 
 void Counter::insert(uint32_t parent, uint32_t token, int64_t count) {
+  if (num_codewords() == max_codewords_) return;
   dictionary_.insert(parent, token);
   counts_.push_back(count);
 }

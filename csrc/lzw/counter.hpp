@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -23,8 +24,13 @@ using InterruptHook = std::function<bool()>;
 
 class Counter {
  public:
-  // Every single token, in id order, count 0. Throws kValue unless 1 <= vocab_size < 2^31.
-  Counter(int64_t vocab_size, Parse parse);
+  // Every single token, in id order, count 0. max_codewords bounds the dictionary, the single
+  // tokens included: once it holds that many, nothing is inserted any more, and all else goes on.
+  // Phrases end where they would have ended with the insertion, their known prefixes are counted,
+  // and the paper's parse still sets a known tail back to 1. So the dictionary is the first
+  // max_codewords codewords of the unbounded one. Throws kValue unless 1 <= vocab_size < 2^31 and
+  // vocab_size <= max_codewords < 2^32 - 1.
+  Counter(int64_t vocab_size, Parse parse, std::optional<int64_t> max_codewords = std::nullopt);
 
   // Counts documents tokens[offsets[d] .. offsets[d+1]). tokens: ids in [0, vocab_size); offsets:
   // starts at 0, never falls, ends at tokens.size(). Throws kValue (which, where), kInterrupted, or
@@ -36,6 +42,9 @@ class Counter {
 
   int64_t vocab_size() const { return static_cast<int64_t>(frequency_.size()); }
   Parse parse() const { return parse_; }
+  std::optional<int64_t> max_codewords() const {
+    return max_codewords_ == kUnbounded ? std::nullopt : std::optional<int64_t>(max_codewords_);
+  }
   int64_t num_tokens() const { return num_tokens_; }
   uint32_t num_codewords() const { return dictionary_.size(); }
   size_t nbytes() const { return dictionary_.nbytes() + counts_.nbytes() + frequency_.nbytes(); }
@@ -52,6 +61,9 @@ class Counter {
   static Counter load(const std::string& path);
 
  private:
+  // An unbounded dictionary never holds as many: there is no such id, insert() throws before.
+  static constexpr uint32_t kUnbounded = Dictionary::kNone;
+
   // What an update did to codewords that were there before it, in order, so that it can be undone.
   // At most 4 bytes a phrase and 24 a document.
   struct Journal {
@@ -78,6 +90,7 @@ class Counter {
   void undo(Journal& journal) noexcept;
 
   Parse parse_;
+  uint32_t max_codewords_;
   int64_t num_tokens_ = 0;
   Dictionary dictionary_;
   FlatArray<int64_t> counts_;     // [num_codewords]
