@@ -11,13 +11,10 @@
 
 #include "lzw/dictionary.hpp"
 #include "lzw/flat_array.hpp"
+#include "lzw/parse.hpp"
+#include "lzw/scout.hpp"
 
 namespace l3ext::lzw {
-
-enum class Parse : uint32_t {
-  kPaper = 0,  // a phrase is the longest known prefix and one token more; a known tail is set back
-  kLzw = 1,    // the textbook: a phrase is the longest known prefix, the next starts right after it
-};
 
 // Asked now and then during a long call; true asks it to stop. May be empty.
 using InterruptHook = std::function<bool()>;
@@ -80,10 +77,14 @@ class Counter {
   template <typename Token>
   void update_checked(std::span<const Token> tokens, std::span<const int64_t> offsets,
                       const InterruptHook& interrupted);
-  template <typename Token, typename Poll>
-  void parse_paper(const Token* tokens, int64_t begin, int64_t end, Journal& journal, Poll& poll);
-  template <typename Token, typename Poll>
-  void parse_lzw(const Token* tokens, int64_t begin, int64_t end, Journal& journal, Poll& poll);
+  template <Parse parse, typename Token, typename Poll>
+  void parse_all(const Documents<Token>& documents, Journal& journal, Poll& poll);
+  template <typename Token>
+  int64_t parse_paper(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
+                      Journal& journal);
+  template <typename Token>
+  int64_t parse_lzw(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
+                    Journal& journal);
   void count_up(uint32_t id, Journal& journal);
   void set_back(uint32_t id, Journal& journal);
   void insert(uint32_t parent, uint32_t token, int64_t count);

@@ -44,8 +44,9 @@ def test_equals_the_definition(parse, corpus):
 
 @pytest.mark.parametrize("parse", PARSES)
 @pytest.mark.parametrize("vocab_size", [2, 50, 3000])
-def test_equals_the_definition_on_a_larger_corpus(parse, vocab_size):
-    documents = zipf_documents(1, documents=400, length=300, vocab_size=vocab_size)
+@pytest.mark.parametrize(("documents", "length"), [(400, 300), (30000, 3), (3, 60000)])
+def test_equals_the_definition_on_a_larger_corpus(parse, vocab_size, documents, length):
+    documents = zipf_documents(1, documents=documents, length=length, vocab_size=vocab_size)
     reference = ReferenceCounter(vocab_size, parse)
     reference.update(documents)
     assert_equals_reference(counted(documents, vocab_size, parse), reference)
