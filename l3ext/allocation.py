@@ -193,7 +193,7 @@ class Allocation:
 class LZWCounter:
     """Counts LZW codewords of a corpus, document by document, exactly.
 
-    Memory is ``nbytes``, about 30 bytes a codeword. Safe to share between threads: calls take
+    Memory is ``nbytes``, 35 to 55 bytes a codeword. Safe to share between threads: calls take
     turns, and the GIL is free meanwhile.
     """
 
