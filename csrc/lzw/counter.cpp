@@ -181,15 +181,15 @@ int64_t Counter::parse_paper(const Token* tokens, int64_t i, int64_t end, const 
                              Journal& journal) {
   uint32_t prefix = guess.id;  // the id of tokens[i .. j)
   int64_t j = i + guess.length;
-  uint32_t phrase = 0;  // the id of tokens[i .. j], 0 where it is new
+  uint32_t phrase = Dictionary::kNone;  // the id of tokens[i .. j], kNone where it is new
   for (; j < end; ++j) {
     phrase = dictionary_.find(prefix, static_cast<uint32_t>(tokens[j]));
     // The document's last token ends a phrase whether or not the phrase is known.
-    if (phrase == 0 || j + 1 == end) break;
+    if (phrase == Dictionary::kNone || j + 1 == end) break;
     prefix = phrase;
   }
   count_up(prefix, journal);
-  if (phrase == 0) {
+  if (phrase == Dictionary::kNone) {
     insert(prefix, static_cast<uint32_t>(tokens[j]), 1);
   } else {
     set_back(phrase, journal);
@@ -204,7 +204,7 @@ int64_t Counter::parse_lzw(const Token* tokens, int64_t i, int64_t end, const Gu
   int64_t j = i + guess.length;
   for (; j < end; ++j) {
     const uint32_t longer = dictionary_.find(match, static_cast<uint32_t>(tokens[j]));
-    if (longer == 0) break;
+    if (longer == Dictionary::kNone) break;
     match = longer;
   }
   count_up(match, journal);

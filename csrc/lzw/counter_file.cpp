@@ -51,7 +51,7 @@ class Reader {
   explicit Reader(const std::string& path) : path_(path) {
     fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO must not block
     if (fd_ < 0) fail_with_errno("cannot open");
-    struct stat status {};
+    struct stat status{};
     if (::fstat(fd_, &status) != 0 || !S_ISREG(status.st_mode)) {
       ::close(fd_);
       fail("expected a regular file");
@@ -173,11 +173,11 @@ Counter Counter::load(const std::string& path) {
   FlatArray<Dictionary::Edge> edges;
   edges.resize(header.num_codewords - header.vocab_size);
   reader.read_section(edges.data(), edges.size(), header.edges_crc, "codewords");
-  counter.dictionary_.reserve(header.num_codewords);
+  counter.dictionary_.reserve_slots(header.num_codewords);
   for (size_t i = 0; i < edges.size(); ++i) {
     const auto [parent, token] = edges[i];
     const bool valid = parent < counter.num_codewords() && token < header.vocab_size &&
-                       counter.dictionary_.find(parent, token) == 0;
+                       counter.dictionary_.find(parent, token) == Dictionary::kNone;
     reader.check(valid, "codeword ", header.vocab_size + i, " has parent ", parent, " and token ",
                  token);
     counter.dictionary_.insert(parent, token);

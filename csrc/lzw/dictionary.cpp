@@ -27,7 +27,7 @@ size_t lines_for(size_t edges) {
 Dictionary::Dictionary(uint32_t vocab_size) : vocab_size_(vocab_size) {
   edges_.resize(vocab_size);
   for (uint32_t token = 0; token < vocab_size; ++token) edges_[token] = {kNone, token};
-  reserve(vocab_size);
+  reserve_slots(vocab_size);
 }
 
 uint32_t Dictionary::insert(uint32_t parent, uint32_t token) {
@@ -38,21 +38,20 @@ uint32_t Dictionary::insert(uint32_t parent, uint32_t token) {
                 "corpus in parts");
   }
   // Single tokens need no slot: a walk starts at the token's own id.
-  if (size_t{id} - vocab_size_ == capacity_) reserve(size_t{id} + 1);
+  if (size_t{id} - vocab_size_ == capacity_) reserve_slots(size_t{id} + 1);
   edges_.push_back({parent, token});
   place(key_of(parent, token), id);
   return id;
 }
 
-void Dictionary::reserve(size_t size) {
+void Dictionary::reserve_slots(size_t size) {
   const size_t lines = lines_for(size - vocab_size_);
   if (lines > lines_.size()) move_to(lines);
 }
 
 void Dictionary::truncate(uint32_t size) noexcept {
-  if (size == this->size()) return;
+  if (size < this->size()) remove_from(size);
   edges_.truncate(size);
-  remove_from(size);
   try {
     const size_t lines = lines_for(size - vocab_size_);
     if (lines < lines_.size()) move_to(lines);
@@ -61,7 +60,7 @@ void Dictionary::truncate(uint32_t size) noexcept {
   }
 }
 
-uint32_t Dictionary::find_after(const Probe& probe) const {
+uint32_t Dictionary::answer_after(const Probe& probe) const {
   for (auto i = static_cast<size_t>(probe.line_ - &lines_[0]);;) {
     i = next(i);
     const uint32_t found = lines_[i].find(probe.key_);

@@ -60,25 +60,27 @@ class Dictionary {
   const Edge& edge(uint32_t id) const { return edges_[id]; }
   const FlatArray<Edge>& edges() const { return edges_; }
 
-  // The id of `parent` followed by `token`, or 0, which is no edge's id.
+  // The id of `parent` followed by `token`, or kNone.
   uint32_t find(uint32_t parent, uint32_t token) const {
     const uint64_t key = key_of(parent, token);
-    return find(Probe(key, &lines_[home(key)]));
+    const uint32_t found = answer(Probe(key, &lines_[home(key)]));
+    return found != 0 ? found : kNone;
   }
-  // In two steps. Always inlined: to the compiler a function that only asks for memory does
-  // nothing, and a call of it may go.
+  // The same in two steps; the answer is 0, which is no edge's id, where there is none. Always
+  // inlined: to the compiler a function that only asks for memory does nothing, and a call of it
+  // may go.
   [[gnu::always_inline]] Probe probe(uint32_t parent, uint32_t token) const {
     const uint64_t key = key_of(parent, token);
     const Line* line = &lines_[home(key)];
     __builtin_prefetch(line);
     return {key, line};
   }
-  [[gnu::always_inline]] uint32_t find(const Probe& probe) const {
+  [[gnu::always_inline]] uint32_t answer(const Probe& probe) const {
     const uint32_t found = probe.line_->find(probe.key_);
     // Whether there is an edge is not predictable; that it may lie further on is rare.
     const uint32_t missing = unpredictable(found == 0 ? UINT32_MAX : 0);
     if ((probe.line_->edges & missing) > kEdgesPerLine) [[unlikely]]
-      return find_after(probe);
+      return answer_after(probe);
     return found;
   }
 
@@ -90,7 +92,7 @@ class Dictionary {
   void truncate(uint32_t size) noexcept;
 
   // Makes room for `size` codewords at once. Throws std::bad_alloc.
-  void reserve(size_t size);
+  void reserve_slots(size_t size);
 
   // `value`, of which the compiler then knows nothing: it computes with it where it would branch.
   template <typename T>
@@ -111,7 +113,7 @@ class Dictionary {
     return static_cast<size_t>(((h >> 32) * lines_.size()) >> 32);
   }
   size_t next(size_t line) const { return line + 1 == lines_.size() ? 0 : line + 1; }
-  uint32_t find_after(const Probe& probe) const;
+  uint32_t answer_after(const Probe& probe) const;
   void place(uint64_t key, uint32_t id) noexcept;
   void move_to(size_t lines);
   void remove_from(uint32_t size) noexcept;

@@ -43,7 +43,8 @@ class FlatArray {
     data()[size_++] = value;
   }
   void pop_back() { --size_; }
-  // New elements of a new array are zeros; of others they hold no value yet. Throws std::bad_alloc; the array is then as it was.
+  // New elements of a new array are zeros; of others they hold no value yet. Throws std::bad_alloc;
+  // the array is then as it was.
   void resize(size_t size) {
     if (size * sizeof(T) > pages_.nbytes()) reserve(size);
     size_ = size;

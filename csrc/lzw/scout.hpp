@@ -84,7 +84,7 @@ class ScoutWalk {
   // Reads the answer to the last look-up and makes the next; false at the end of the part. Where a
   // phrase ends is not predictable, so nothing branches on it: `found` is 0 there.
   [[gnu::always_inline]] bool step(const Dictionary& dictionary) {
-    const uint32_t found = dictionary.find(probe_);
+    const uint32_t found = dictionary.answer(probe_);
     const size_t ends = Dictionary::unpredictable(size_t{found == 0});
     *out_ = guess(probe_.parent());  // stays where the phrase ends, else the next overwrites it
     out_ += ends;

@@ -274,7 +274,7 @@ void a_dictionary_finds_exactly_what_it_holds() {
       for (int i = 0; i < 1000; ++i) {
         const std::pair edge(random() % 3000, random() % vocab_size);
         const auto found = edges.find(edge);
-        const uint32_t expected = found == edges.end() ? 0 : found->second;
+        const uint32_t expected = found == edges.end() ? Dictionary::kNone : found->second;
         EXPECT(dictionary.find(edge.first, edge.second) == expected);
       }
     };
@@ -289,6 +289,9 @@ void a_dictionary_finds_exactly_what_it_holds() {
       const uint32_t size = vocab_size + random() % (dictionary.size() - vocab_size + 1);
       dictionary.truncate(size);
       std::erase_if(edges, [&](const auto& entry) { return entry.second >= size; });
+      check();
+      dictionary.reserve_slots(dictionary.size() + 5000);
+      dictionary.truncate(size);  // takes the room back as well
       check();
       Dictionary same(vocab_size);
       for (uint32_t id = vocab_size; id < size; ++id) {
