@@ -6,9 +6,17 @@
 //                                  independently with probability ~ 1 / (rank + 1) (mt19937_64,
 //                                  seed 1); documents of 80. Independent draws make shorter phrases
 //                                  than text does: a figure to compare commits by, not to quote.
+//
+// lzw_stream counts a stream far longer than the corpus, block by block, into one dictionary that
+// outgrows every cache; L3EXT_BENCH_STREAM_TOKENS of them (16,777,216 where not set). The stream
+// reads the corpus on from where it is, and before one token in four jumps to another place, drawn
+// evenly, where the last token stands too: an order-1 resampling whose stretches between jumps are
+// text. Documents of 512. Drawing is not timed. ns_per_token is of the whole stream,
+// last_ns_per_token of its last quarter.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -91,6 +99,84 @@ void lzw_update(benchmark::State& state, Parse parse) {
 }
 BENCHMARK_CAPTURE(lzw_update, paper, Parse::kPaper)->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(lzw_update, lzw, Parse::kLzw)->Unit(benchmark::kMillisecond);
+
+// What lzw_stream counts; the same for the same corpus.
+class Stream {
+ public:
+  explicit Stream(const Corpus& corpus) : corpus_(corpus) {
+    begin_.assign(static_cast<size_t>(corpus.vocab_size) + 1, 0);
+    for (const int32_t token : corpus.tokens) ++begin_[static_cast<size_t>(token) + 1];
+    for (size_t t = 1; t < begin_.size(); ++t) begin_[t] += begin_[t - 1];
+    places_.resize(corpus.tokens.size());
+    std::vector<size_t> next = begin_;
+    for (size_t i = 0; i < corpus.tokens.size(); ++i) {
+      places_[next[static_cast<size_t>(corpus.tokens[i])]++] = i;
+    }
+  }
+
+  void draw(size_t num_tokens, Corpus& block) {
+    block.vocab_size = corpus_.vocab_size;
+    block.tokens.resize(num_tokens);
+    block.offsets = {0};
+    for (size_t i = 0; i < num_tokens; ++i) {
+      const uint64_t r = random_();
+      if (r % 4 == 0) {
+        const auto token = static_cast<size_t>(corpus_.tokens[place_]);
+        place_ = places_[begin_[token] + (r >> 2) % (begin_[token + 1] - begin_[token])];
+      }
+      place_ = place_ + 1 == corpus_.tokens.size() ? 0 : place_ + 1;
+      block.tokens[i] = corpus_.tokens[place_];
+      if (i % 512 == 511 || i + 1 == num_tokens) {
+        block.offsets.push_back(static_cast<int64_t>(i) + 1);
+      }
+    }
+  }
+
+ private:
+  const Corpus& corpus_;
+  std::vector<size_t> begin_;   // [vocab_size + 1] into places_
+  std::vector<size_t> places_;  // where each token stands
+  size_t place_ = 0;
+  std::mt19937_64 random_{1};
+};
+
+void lzw_stream(benchmark::State& state, Parse parse) {
+  constexpr int64_t kBlock = 1 << 22;
+  const char* size = std::getenv("L3EXT_BENCH_STREAM_TOKENS");
+  const int64_t total = size != nullptr ? std::atoll(size) : 1 << 24;
+  for (auto _ : state) {
+    Stream stream(corpus());
+    Corpus block;
+    Counter counter(corpus().vocab_size, parse);
+    double seconds = 0;
+    double last_seconds = 0;
+    int64_t last_tokens = 0;
+    for (int64_t done = 0; done < total; done += kBlock) {
+      stream.draw(static_cast<size_t>(std::min(kBlock, total - done)), block);
+      const auto started = std::chrono::steady_clock::now();
+      counter.update(block.tokens, block.offsets);
+      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
+      seconds += took.count();
+      if (done >= total / 4 * 3) {
+        last_seconds += took.count();
+        last_tokens += static_cast<int64_t>(block.tokens.size());
+      }
+    }
+    state.SetIterationTime(seconds);
+    state.counters["ns_per_token"] = 1e9 * seconds / static_cast<double>(total);
+    state.counters["last_ns_per_token"] = 1e9 * last_seconds / static_cast<double>(last_tokens);
+    state.counters["nbytes"] = static_cast<double>(counter.nbytes());
+    state.counters["codewords"] = counter.num_codewords();
+  }
+}
+BENCHMARK_CAPTURE(lzw_stream, paper, Parse::kPaper)
+    ->Unit(benchmark::kMillisecond)
+    ->UseManualTime()
+    ->Iterations(1);
+BENCHMARK_CAPTURE(lzw_stream, lzw, Parse::kLzw)
+    ->Unit(benchmark::kMillisecond)
+    ->UseManualTime()
+    ->Iterations(1);
 
 void lzw_grant(benchmark::State& state) {
   const Corpus& c = corpus();

@@ -193,25 +193,36 @@ class Allocation:
 class LZWCounter:
     """Counts LZW codewords of a corpus, document by document, exactly.
 
-    Memory is ``nbytes``, about 30 bytes a codeword. Safe to share between threads: calls take
+    Memory is ``nbytes``, 35 to 55 bytes a codeword. Safe to share between threads: calls take
     turns, and the GIL is free meanwhile.
     """
 
-    def __init__(self, vocab_size: int, parse: str = "paper") -> None:
+    def __init__(
+        self, vocab_size: int, parse: str = "paper", *, max_codewords: int | None = None
+    ) -> None:
         """A dictionary of every single token, count 0.
 
         Args:
             vocab_size: tokens in the vocabulary, 1 to 2^31 - 1.
             parse: "paper" (a phrase is the longest known prefix plus one token) or "lzw" (the
                 textbook: a phrase is the longest known prefix).
+            max_codewords: bounds the dictionary, and with it the memory: once it holds that many
+                codewords, the single tokens included, nothing is inserted any more, but phrases
+                end and are counted as before. vocab_size to 2^32 - 2; None: unbounded.
 
         Raises:
-            ValueError: vocab_size out of range or an unknown parse.
+            ValueError: vocab_size or max_codewords out of range, or an unknown parse.
         """
         size = _integer(vocab_size, "vocab_size")
         if not 1 <= size < 2**31:
             raise ValueError(f"vocab_size: expected 1 to {2**31 - 1}, got {size}")
-        self._native = _C.LZWCounter(size, parse)
+        bound = None if max_codewords is None else _integer(max_codewords, "max_codewords")
+        if bound is not None and not size <= bound < 2**32 - 1:
+            raise ValueError(
+                f"max_codewords: expected vocab_size = {size} (every token is a codeword) to "
+                f"{2**32 - 2}, got {bound}"
+            )
+        self._native = _C.LZWCounter(size, parse, bound)
 
     def update(self, tokens: Any, offsets: Any = None) -> None:
         """Count more documents.
@@ -245,6 +256,11 @@ class LZWCounter:
     def parse(self) -> str:
         """ "paper" or "lzw"."""
         return self._native.parse
+
+    @property
+    def max_codewords(self) -> int | None:
+        """The most codewords that the dictionary may hold; None: unbounded."""
+        return self._native.max_codewords
 
     @property
     def num_tokens(self) -> int:
@@ -326,8 +342,8 @@ class LZWCounter:
     def __repr__(self) -> str:
         return (
             f"LZWCounter(vocab_size={self.vocab_size}, parse={self.parse!r}, "
-            f"num_tokens={self.num_tokens}, num_codewords={self.num_codewords}, "
-            f"nbytes={self.nbytes})"
+            f"max_codewords={self.max_codewords}, num_tokens={self.num_tokens}, "
+            f"num_codewords={self.num_codewords}, nbytes={self.nbytes})"
         )
 
 

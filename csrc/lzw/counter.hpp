@@ -4,27 +4,30 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "lzw/dictionary.hpp"
 #include "lzw/flat_array.hpp"
+#include "lzw/parse.hpp"
+#include "lzw/scout.hpp"
 
 namespace l3ext::lzw {
-
-enum class Parse : uint32_t {
-  kPaper = 0,  // a phrase is the longest known prefix and one token more; a known tail is set back
-  kLzw = 1,    // the textbook: a phrase is the longest known prefix, the next starts right after it
-};
 
 // Asked now and then during a long call; true asks it to stop. May be empty.
 using InterruptHook = std::function<bool()>;
 
 class Counter {
  public:
-  // Every single token, in id order, count 0. Throws kValue unless 1 <= vocab_size < 2^31.
-  Counter(int64_t vocab_size, Parse parse);
+  // Every single token, in id order, count 0. max_codewords bounds the dictionary, the single
+  // tokens included: once it holds that many, nothing is inserted any more, and all else goes on.
+  // Phrases end where they would have ended with the insertion, their known prefixes are counted,
+  // and the paper's parse still sets a known tail back to 1. So the dictionary is the first
+  // max_codewords codewords of the unbounded one. Throws kValue unless 1 <= vocab_size < 2^31 and
+  // vocab_size <= max_codewords < 2^32 - 1.
+  Counter(int64_t vocab_size, Parse parse, std::optional<int64_t> max_codewords = std::nullopt);
 
   // Counts documents tokens[offsets[d] .. offsets[d+1]). tokens: ids in [0, vocab_size); offsets:
   // starts at 0, never falls, ends at tokens.size(). Throws kValue (which, where), kInterrupted, or
@@ -36,6 +39,9 @@ class Counter {
 
   int64_t vocab_size() const { return static_cast<int64_t>(frequency_.size()); }
   Parse parse() const { return parse_; }
+  std::optional<int64_t> max_codewords() const {
+    return max_codewords_ == kUnbounded ? std::nullopt : std::optional<int64_t>(max_codewords_);
+  }
   int64_t num_tokens() const { return num_tokens_; }
   uint32_t num_codewords() const { return dictionary_.size(); }
   size_t nbytes() const { return dictionary_.nbytes() + counts_.nbytes() + frequency_.nbytes(); }
@@ -52,6 +58,9 @@ class Counter {
   static Counter load(const std::string& path);
 
  private:
+  // An unbounded dictionary never holds as many: there is no such id, insert() throws before.
+  static constexpr uint32_t kUnbounded = Dictionary::kNone;
+
   // What an update did to codewords that were there before it, in order, so that it can be undone.
   // At most 4 bytes a phrase and 24 a document.
   struct Journal {
@@ -68,16 +77,21 @@ class Counter {
   template <typename Token>
   void update_checked(std::span<const Token> tokens, std::span<const int64_t> offsets,
                       const InterruptHook& interrupted);
-  template <typename Token, typename Poll>
-  void parse_paper(const Token* tokens, int64_t begin, int64_t end, Journal& journal, Poll& poll);
-  template <typename Token, typename Poll>
-  void parse_lzw(const Token* tokens, int64_t begin, int64_t end, Journal& journal, Poll& poll);
+  template <Parse parse, typename Token, typename Poll>
+  void parse_all(const Documents<Token>& documents, Journal& journal, Poll& poll);
+  template <typename Token>
+  int64_t parse_paper(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
+                      Journal& journal);
+  template <typename Token>
+  int64_t parse_lzw(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
+                    Journal& journal);
   void count_up(uint32_t id, Journal& journal);
   void set_back(uint32_t id, Journal& journal);
   void insert(uint32_t parent, uint32_t token, int64_t count);
   void undo(Journal& journal) noexcept;
 
   Parse parse_;
+  uint32_t max_codewords_;
   int64_t num_tokens_ = 0;
   Dictionary dictionary_;
   FlatArray<int64_t> counts_;     // [num_codewords]

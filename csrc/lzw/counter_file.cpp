@@ -2,8 +2,8 @@
 //
 //   header     Header below, its own checksum last
 //   frequency  int64 [vocab_size]
-//   edges      uint32 [num_codewords - vocab_size, 2]   parent, last token (single tokens need
-//   none) counts     int64 [num_codewords]
+//   edges      uint32 [num_codewords - vocab_size, 2]   parent, last token; single tokens need none
+//   counts     int64 [num_codewords]
 //
 // load() believes nothing: size and checksums first, then every parent, token, count and duplicate.
 #include <fcntl.h>
@@ -26,7 +26,7 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "the file is little-endian");
 
 constexpr char kMagic[8] = {'L', '3', 'L', 'Z', 'W', '\r', '\n', '\0'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;  // 1 had no max_codewords
 
 struct Header {
   char magic[8];
@@ -34,13 +34,14 @@ struct Header {
   uint32_t parse;
   uint64_t vocab_size;
   uint64_t num_codewords;
+  uint64_t max_codewords;  // 2^32 - 1: unbounded
   uint64_t num_tokens;
   uint32_t frequency_crc;
   uint32_t edges_crc;
   uint32_t counts_crc;
   uint32_t header_crc;  // of all bytes before it
 };
-static_assert(sizeof(Header) == 56);
+static_assert(sizeof(Header) == 64);
 
 uint32_t header_crc(const Header& header) { return crc32c(&header, offsetof(Header, header_crc)); }
 
@@ -112,8 +113,11 @@ Header read_header(Reader& reader) {
   reader.check(header.parse <= static_cast<uint32_t>(Parse::kLzw), "unknown parse ", header.parse);
   reader.check(header.vocab_size >= 1 && header.vocab_size <= INT32_MAX, "vocab_size ",
                header.vocab_size);
-  reader.check(header.num_codewords >= header.vocab_size && header.num_codewords <= UINT32_MAX,
-               "num_codewords ", header.num_codewords);
+  reader.check(header.max_codewords >= header.vocab_size && header.max_codewords <= UINT32_MAX,
+               "max_codewords ", header.max_codewords);
+  reader.check(
+      header.num_codewords >= header.vocab_size && header.num_codewords <= header.max_codewords,
+      "num_codewords ", header.num_codewords);
   const uint64_t expected = sizeof(Header) + 8 * header.vocab_size +
                             8 * (header.num_codewords - header.vocab_size) +
                             8 * header.num_codewords;
@@ -133,6 +137,7 @@ void Counter::save(const std::string& path) const {
   header.parse = static_cast<uint32_t>(parse_);
   header.vocab_size = singles;
   header.num_codewords = dictionary_.size();
+  header.max_codewords = max_codewords_;
   header.num_tokens = static_cast<uint64_t>(num_tokens_);
   header.frequency_crc = crc32c(frequency_.data(), frequency_.nbytes());
   header.edges_crc = crc32c(edges, edges_bytes);
@@ -151,6 +156,7 @@ Counter Counter::load(const std::string& path) {
   Reader reader(path);
   const Header header = read_header(reader);
   Counter counter(static_cast<int64_t>(header.vocab_size), static_cast<Parse>(header.parse));
+  counter.max_codewords_ = static_cast<uint32_t>(header.max_codewords);
   counter.num_tokens_ = static_cast<int64_t>(header.num_tokens);
 
   FlatArray<int64_t>& frequency = counter.frequency_;

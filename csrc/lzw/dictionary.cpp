@@ -2,17 +2,24 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
+#include <new>
+#include <utility>
 
 #include "core/error.hpp"
 
 namespace l3ext::lzw {
 namespace {
 
-// The smallest power of two that keeps the load at or below 3/4: linear probing then finds a hit in
-// 2.5 slots and a miss in 8.5, mostly within one cache line of 8.
-size_t slots_for(size_t edges) {
-  return std::max<size_t>(2, std::bit_ceil(edges + (edges + 2) / 3));
+// Three and a half edges a line on average, of five, at most: fuller lines send more edges on.
+constexpr size_t edges_in(size_t lines) { return lines * 7 / 2; }
+
+// The smallest 2^k lines, or 3 * 2^k where the table has 64 MB and more, that take so many edges:
+// growth costs time where tables are small and memory where they are large. A function of the
+// number alone, so that dictionaries with equal content have equal size.
+size_t lines_for(size_t edges) {
+  constexpr size_t kLarge = size_t{1} << 20;
+  const size_t power = std::bit_ceil((2 * edges + 6) / 7);
+  return power > kLarge && edges_in(power / 4 * 3) >= edges ? power / 4 * 3 : power;
 }
 
 }  // namespace
@@ -31,39 +38,78 @@ uint32_t Dictionary::insert(uint32_t parent, uint32_t token) {
                 "corpus in parts");
   }
   // Single tokens need no slot: a walk starts at the token's own id.
-  if (size_t{id} - vocab_size_ + 1 > slots_.size() / 4 * 3) reserve_slots(size_t{id} + 1);
+  if (size_t{id} - vocab_size_ == capacity_) reserve_slots(size_t{id} + 1);
   edges_.push_back({parent, token});
-  place(id);
+  place(key_of(parent, token), id);
   return id;
 }
 
-void Dictionary::truncate(uint32_t size) noexcept {
-  edges_.truncate(size);
-  const size_t slots = slots_for(size - vocab_size_);
-  if (slots < slots_.size()) slots_.truncate(slots);
-  rebuild();
-}
-
 void Dictionary::reserve_slots(size_t size) {
-  const size_t slots = slots_for(size - vocab_size_);
-  if (slots <= slots_.size()) return;
-  slots_.resize(slots);
-  rebuild();
+  const size_t lines = lines_for(size - vocab_size_);
+  if (lines > lines_.size()) move_to(lines);
 }
 
-void Dictionary::place(uint32_t id) noexcept {
-  const uint64_t h = hash(edges_[id].parent, edges_[id].token);
-  size_t i = h >> shift_;
-  while (slots_[i].id != kNone) i = (i + 1) & mask_;
-  slots_[i] = {id, static_cast<uint32_t>(h)};
+void Dictionary::truncate(uint32_t size) noexcept {
+  if (size < this->size()) remove_from(size);
+  edges_.truncate(size);
+  try {
+    const size_t lines = lines_for(size - vocab_size_);
+    if (lines < lines_.size()) move_to(lines);
+  } catch (const std::bad_alloc&) {
+    // Nothing to move to: the table stays larger than it need be.
+  }
 }
 
-// The edges by id hold everything, so that the table is refilled in place and never held twice.
-void Dictionary::rebuild() noexcept {
-  mask_ = slots_.size() - 1;
-  shift_ = 64 - std::countr_zero(slots_.size());
-  std::memset(static_cast<void*>(slots_.data()), 0xFF, slots_.nbytes());
-  for (uint32_t id = vocab_size_; id < size(); ++id) place(id);
+uint32_t Dictionary::answer_after(const Probe& probe) const {
+  for (auto i = static_cast<size_t>(probe.line_ - &lines_[0]);;) {
+    i = next(i);
+    const uint32_t found = lines_[i].find(probe.key_);
+    if (found != 0 || lines_[i].edges <= kEdgesPerLine) return found;
+  }
+}
+
+void Dictionary::place(uint64_t key, uint32_t id) noexcept {
+  for (size_t i = home(key);; i = next(i)) {
+    Line& line = lines_[i];
+    const uint32_t slot = line.edges++;
+    if (slot < kEdgesPerLine) [[likely]] {
+      line.keys[slot] = key;
+      line.ids[slot] = id;
+      return;
+    }
+  }
+}
+
+// Reads the old table and writes the new one from front to back, and gives the old one's memory
+// back on the way: the two together never hold more than the larger of them and a little.
+void Dictionary::move_to(size_t size) {
+  constexpr size_t kLinesPerRelease = size_t{1} << 20;
+  FlatArray<Line> lines;
+  lines.resize(size);  // zeros
+  std::swap(lines, lines_);
+  capacity_ = edges_in(size);
+  for (size_t i = 0; i < lines.size(); ++i) {
+    const size_t edges = std::min<size_t>(lines[i].edges, kEdgesPerLine);
+    for (size_t s = 0; s < edges; ++s) place(lines[i].keys[s], lines[i].ids[s]);
+    if (i % kLinesPerRelease == 0) lines.release_front(i);
+  }
+}
+
+// Sweeps the table once and places every edge that stays anew: where it was or before, as all lines
+// before it are settled. It starts behind a line that no edge went past, and so meets every edge
+// after those that it went past.
+void Dictionary::remove_from(uint32_t size) noexcept {
+  size_t start = 0;
+  while (lines_[start].edges > kEdgesPerLine) ++start;
+  size_t i = start;
+  do {
+    i = next(i);
+    const Line line = std::exchange(lines_[i], {});
+    const size_t edges = std::min<size_t>(line.edges, kEdgesPerLine);
+    for (size_t s = 0; s < edges; ++s) {
+      if (line.ids[s] < size) place(line.keys[s], line.ids[s]);
+    }
+  } while (i != start);
 }
 
 }  // namespace l3ext::lzw

@@ -1,10 +1,12 @@
 // The LZW counter. l3ext/allocation.py is its public face.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>  // std::optional
 
 #include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -135,10 +137,12 @@ void grant(SharedCounter& shared, int64_t total_rows, int64_t max_rows, const Te
 void bind_lzw(py::module_& module) {
   using lzw::Counter;
   py::class_<SharedCounter>(module, "LZWCounter")
-      .def(py::init([](int64_t vocab_size, const std::string& parse) {
-             return std::make_unique<SharedCounter>(Counter(vocab_size, parse_named(parse)));
+      .def(py::init([](int64_t vocab_size, const std::string& parse,
+                       std::optional<int64_t> max_codewords) {
+             return std::make_unique<SharedCounter>(
+                 Counter(vocab_size, parse_named(parse), max_codewords));
            }),
-           py::arg("vocab_size"), py::arg("parse"))
+           py::arg("vocab_size"), py::arg("parse"), py::arg("max_codewords"))
       .def_static(
           "load",
           [](const std::string& path) {
@@ -161,6 +165,10 @@ void bind_lzw(py::module_& module) {
                                return shared.with([](Counter& counter) {
                                  return counter.parse() == lzw::Parse::kPaper ? "paper" : "lzw";
                                });
+                             })
+      .def_property_readonly("max_codewords",
+                             [](SharedCounter& shared) {
+                               return shared.with([](Counter& c) { return c.max_codewords(); });
                              })
       .def_property_readonly("vocab_size",
                              [](SharedCounter& shared) {

@@ -16,12 +16,14 @@
 #include "check.hpp"
 #include "core/error.hpp"
 #include "lzw/counter.hpp"
+#include "lzw/dictionary.hpp"
 #include "lzw/flat_array.hpp"
 #include "lzw/grant.hpp"
 
 using l3ext::Error;
 using l3ext::ErrorCode;
 using l3ext::lzw::Counter;
+using l3ext::lzw::Dictionary;
 using l3ext::lzw::FlatArray;
 using l3ext::lzw::Parse;
 
@@ -233,6 +235,85 @@ void an_array_that_cannot_grow_stays_as_it_was() {
   EXPECT(array.size() == 11 && array[9] == 9 && array.back() == -1);
 }
 
+// Large enough for pages straight from the system, small steps and large ones.
+void an_array_keeps_its_values_as_it_grows_and_shrinks() {
+  FlatArray<uint64_t> array;
+  constexpr uint64_t kSize = 3'000'000;  // 24 MB
+  for (uint64_t i = 0; i < kSize; ++i) array.push_back(i * i);
+  array.resize(2 * kSize);
+  array.truncate(kSize / 2);
+  for (uint64_t i = kSize / 2; i < kSize; ++i) array.push_back(i * i);
+  uint64_t wrong = 0;
+  for (uint64_t i = 0; i < kSize; ++i) wrong += array[i] != i * i;
+  EXPECT(wrong == 0);
+  array.release_front(kSize / 2);
+  EXPECT(array[0] == 0);
+  EXPECT(array.back() == (kSize - 1) * (kSize - 1));
+}
+
+void a_new_array_is_zeros() {
+  for (size_t size : {1UL, 100UL, 1UL << 20}) {
+    FlatArray<uint64_t> array;
+    array.resize(size);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < size; ++i) sum += array[i];
+    EXPECT(sum == 0);
+  }
+}
+
+// Against a map, through growth at every size and back again: what goes past a full line, around
+// the table's end too, is found as long as it is there and not after.
+void a_dictionary_finds_exactly_what_it_holds() {
+  for (uint32_t seed = 0; seed < 20; ++seed) {
+    std::mt19937 random(seed);
+    const uint32_t vocab_size = 1 + random() % 50;
+    Dictionary dictionary(vocab_size);
+    std::map<std::pair<uint32_t, uint32_t>, uint32_t> edges;
+    const auto check = [&] {
+      for (const auto& [edge, id] : edges) EXPECT(dictionary.find(edge.first, edge.second) == id);
+      for (int i = 0; i < 1000; ++i) {
+        const std::pair edge(random() % 3000, random() % vocab_size);
+        const auto found = edges.find(edge);
+        const uint32_t expected = found == edges.end() ? Dictionary::kNone : found->second;
+        EXPECT(dictionary.find(edge.first, edge.second) == expected);
+      }
+    };
+    for (int round = 0; round < 10; ++round) {
+      for (int i = 0; i < 300; ++i) {
+        const uint32_t parent = random() % dictionary.size();
+        const uint32_t token = random() % vocab_size;
+        if (edges.contains({parent, token})) continue;
+        edges[{parent, token}] = dictionary.insert(parent, token);
+      }
+      check();
+      const uint32_t size = vocab_size + random() % (dictionary.size() - vocab_size + 1);
+      dictionary.truncate(size);
+      std::erase_if(edges, [&](const auto& entry) { return entry.second >= size; });
+      check();
+      dictionary.reserve_slots(dictionary.size() + 5000);
+      dictionary.truncate(size);  // takes the room back as well
+      check();
+      Dictionary same(vocab_size);
+      for (uint32_t id = vocab_size; id < size; ++id) {
+        same.insert(dictionary.edge(id).parent, dictionary.edge(id).token);
+      }
+      EXPECT(same.nbytes() == dictionary.nbytes());
+    }
+  }
+}
+
+// Over many stretches, documents that cross them and documents shorter than a phrase.
+void stretches_change_nothing() {
+  for (const auto& [documents, length] :
+       {std::pair(1, 200000), {9, 60000}, {9000, 3}, {500, 600}}) {
+    const Corpus corpus = random_corpus(11, 7, documents, length);
+    Counter whole(7, Parse::kPaper);
+    whole.update(corpus.tokens, corpus.offsets);
+    const auto got = codewords(whole);
+    EXPECT((std::map<Codeword, int64_t>(got.begin(), got.end()) == count_plainly(corpus, 7)));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -246,5 +327,9 @@ int main() {
   RUN(impossible_grants_are_refused_without_overflow);
   RUN(a_long_grant_can_be_interrupted);
   RUN(an_array_that_cannot_grow_stays_as_it_was);
+  RUN(an_array_keeps_its_values_as_it_grows_and_shrinks);
+  RUN(a_new_array_is_zeros);
+  RUN(a_dictionary_finds_exactly_what_it_holds);
+  RUN(stretches_change_nothing);
   return check::failures == 0 ? 0 : 1;
 }

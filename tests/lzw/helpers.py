@@ -35,7 +35,7 @@ def zipf_documents(seed, documents=200, length=100, vocab_size=50):
     ]
 
 
-def counted(documents, vocab_size, parse="paper"):
-    counter = l3ext.LZWCounter(vocab_size, parse=parse)
+def counted(documents, vocab_size, parse="paper", max_codewords=None):
+    counter = l3ext.LZWCounter(vocab_size, parse=parse, max_codewords=max_codewords)
     counter.update(*pack(documents))
     return counter

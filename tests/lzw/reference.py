@@ -6,7 +6,8 @@ from __future__ import annotations
 class ReferenceCounter:
     """Keeps ``count``, codeword (tuple of ids) -> count, in insertion order."""
 
-    def __init__(self, vocab_size, parse="paper"):
+    def __init__(self, vocab_size, parse="paper", max_codewords=None):
+        self.max_codewords = max_codewords
         self.count = {(token,): 0 for token in range(vocab_size)}
         self.frequency = [0] * vocab_size
         self._parse = {"paper": self._parse_paper, "lzw": self._parse_lzw}[parse]
@@ -24,7 +25,8 @@ class ReferenceCounter:
             while j < n and d[i:j] in count:
                 j += 1
             count[d[i : j - 1]] += 1
-            count[d[i:j]] = 1
+            if d[i:j] in count or not self._full():
+                count[d[i:j]] = 1
             i = j
 
     def _parse_lzw(self, d):
@@ -34,9 +36,12 @@ class ReferenceCounter:
             while j < n and d[i : j + 1] in count:
                 j += 1
             count[d[i:j]] += 1
-            if j < n:
+            if j < n and not self._full():
                 count[d[i : j + 1]] = 0
             i = j
+
+    def _full(self):
+        return len(self.count) == self.max_codewords
 
     def rows(self, total_rows, max_rows):
         rows = [1] * len(self.frequency)

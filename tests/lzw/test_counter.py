@@ -44,11 +44,52 @@ def test_equals_the_definition(parse, corpus):
 
 @pytest.mark.parametrize("parse", PARSES)
 @pytest.mark.parametrize("vocab_size", [2, 50, 3000])
-def test_equals_the_definition_on_a_larger_corpus(parse, vocab_size):
-    documents = zipf_documents(1, documents=400, length=300, vocab_size=vocab_size)
+@pytest.mark.parametrize(("documents", "length"), [(400, 300), (30000, 3), (3, 60000)])
+def test_equals_the_definition_on_a_larger_corpus(parse, vocab_size, documents, length):
+    documents = zipf_documents(1, documents=documents, length=length, vocab_size=vocab_size)
     reference = ReferenceCounter(vocab_size, parse)
     reference.update(documents)
     assert_equals_reference(counted(documents, vocab_size, parse), reference)
+
+
+@pytest.mark.parametrize("parse", PARSES)
+@given(corpus=corpora(), room=st.integers(0, 40))
+@settings(max_examples=300, deadline=None)
+def test_a_bounded_dictionary_equals_its_definition(parse, corpus, room):
+    vocab_size, documents = corpus
+    bound = vocab_size + room
+    reference = ReferenceCounter(vocab_size, parse, bound)
+    reference.update(documents)
+    bounded = counted(documents, vocab_size, parse, bound)
+    assert_equals_reference(bounded, reference)
+    exact = counted(documents, vocab_size, parse)
+    assert [c for c, _ in bounded.codewords()] == [c for c, _ in exact.codewords(bound)]
+    if exact.num_codewords <= bound:
+        assert state(bounded) == state(exact)
+
+
+@pytest.mark.parametrize("parse", PARSES)
+@given(corpus=corpora(), room=st.integers(0, 40), cut=st.integers(0, 12))
+@settings(max_examples=100, deadline=None)
+def test_a_bounded_dictionary_goes_on_the_same_after_a_load(
+    parse, corpus, room, cut, tmp_path_factory
+):
+    vocab_size, documents = corpus
+    path = tmp_path_factory.getbasetemp() / "bounded"
+    counted(documents[:cut], vocab_size, parse, vocab_size + room).save(path)
+    resumed = l3ext.LZWCounter.load(path)
+    assert resumed.max_codewords == vocab_size + room
+    resumed.update(*pack(documents[cut:]))
+    assert state(resumed) == state(counted(documents, vocab_size, parse, vocab_size + room))
+
+
+def test_the_corner_cases_of_a_full_dictionary():
+    # Of the paper's parse: 0 1 inserts, and then it is full.
+    counter = counted([[0, 1], [0, 1, 0, 0, 1], [0, 1]], 2, "paper", max_codewords=3)
+    # 0 1 0: its prefix is counted, it is not inserted; 0 1 ends its document: it is set back.
+    assert dict(counter.codewords()) == {(0,): 3, (1,): 0, (0, 1): 1}
+    counter = counted([[0, 1], [0, 1, 0, 0]], 2, "lzw", max_codewords=3)
+    assert dict(counter.codewords()) == {(0,): 3, (1,): 1, (0, 1): 1}
 
 
 def test_the_corner_cases_of_the_paper_parse():
@@ -94,7 +135,7 @@ def test_saved_in_the_middle_it_goes_on_the_same(parse, tmp_path):
     counter = counted(documents[:90], 50, parse)
     counter.save(tmp_path / "counter")
     resumed = l3ext.LZWCounter.load(tmp_path / "counter")
-    assert (resumed.parse, resumed.vocab_size) == (parse, 50)
+    assert (resumed.parse, resumed.vocab_size, resumed.max_codewords) == (parse, 50, None)
     assert state(resumed) == state(counter)
     resumed.update(*pack(documents[90:]))
     whole = counted(documents, 50, parse)

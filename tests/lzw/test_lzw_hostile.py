@@ -108,6 +108,18 @@ def test_bad_vocab_size(vocab_size):
         l3ext.LZWCounter(vocab_size)
 
 
+@pytest.mark.parametrize("bound", [0, -1, 2, 2**32 - 1, 2**80])
+def test_bad_max_codewords(bound):
+    message = "max_codewords: expected vocab_size = 3 .* to 4294967294, got"
+    with pytest.raises(ValueError, match=message):
+        l3ext.LZWCounter(3, max_codewords=bound)
+
+
+def test_max_codewords_of_another_type():
+    with pytest.raises(TypeError, match=r"max_codewords: expected an integer, got 3\.5"):
+        l3ext.LZWCounter(3, max_codewords=3.5)
+
+
 def test_unknown_parse():
     with pytest.raises(ValueError, match='parse: expected "paper" or "lzw", got "lz78"'):
         l3ext.LZWCounter(3, parse="lz78")
@@ -157,7 +169,7 @@ def assert_unusable(path):
 
 def test_truncated_files(saved):
     content = saved.read_bytes()
-    for length in [0, 1, 7, 8, 55, 56, *range(57, len(content), max(1, len(content) // 60))]:
+    for length in [0, 1, 7, 8, 63, 64, *range(65, len(content), max(1, len(content) // 60))]:
         saved.write_bytes(content[:length])
         assert_unusable(saved)
     saved.write_bytes(content + b"\0")
@@ -168,7 +180,7 @@ def test_flipped_bits(saved):
     content = bytearray(saved.read_bytes())
     same = LOADERS[saved.name](saved)
     named = []
-    header = range(160 if saved.name == "allocation" else 56)
+    header = range(160 if saved.name == "allocation" else 64)
     for position in [*header, *range(160, len(content), max(1, len(content) // 150))]:
         flipped = bytearray(content)
         flipped[position] ^= 1 << (position % 8)
@@ -205,15 +217,25 @@ def crc(content):
     return _C.crc32c(np.frombuffer(content, np.uint8))
 
 
-def forge_counter(path, edges, counts, frequency=(1, 2), vocab_size=2, parse=0, num_tokens=3):
+def forge_counter(
+    path,
+    edges,
+    counts,
+    frequency=(1, 2),
+    vocab_size=2,
+    parse=0,
+    num_tokens=3,
+    max_codewords=2**32 - 1,
+    version=2,
+):
     """A counter file whose size and checksums are right, whatever it holds."""
     sections = [
         np.array(frequency, "<i8").tobytes(),
         np.array(edges, "<u4").tobytes(),
         np.array(counts, "<i8").tobytes(),
     ]
-    sizes = (1, parse, vocab_size, len(counts), num_tokens)
-    header = struct.pack("<8sIIQQQIII", b"L3LZW\r\n\0", *sizes, *map(crc, sections))
+    sizes = (version, parse, vocab_size, len(counts), max_codewords, num_tokens)
+    header = struct.pack("<8sIIQQQQIII", b"L3LZW\r\n\0", *sizes, *map(crc, sections))
     path.write_bytes(header + struct.pack("<I", crc(header)) + b"".join(sections))
     return path
 
@@ -235,6 +257,10 @@ def test_a_forged_counter(tmp_path):
         ({"vocab_size": 2**61}, "vocab_size 2305843009213693952"),
         ({"vocab_size": 3}, "wrong checksum of the frequencies"),
         ({"parse": 2}, "unknown parse 2"),
+        ({"max_codewords": 1}, "max_codewords 1"),
+        ({"max_codewords": 3}, "num_codewords 4"),
+        ({"max_codewords": 2**32}, "max_codewords 4294967296"),
+        ({"version": 1}, "expected version 2, got 1"),
     ]:
         forge_counter(path, **{"edges": [(0, 1), (2, 1)], "counts": [5, 6, 7, 8], **changes})
         with pytest.raises(OSError, match=message):
