@@ -42,12 +42,6 @@ L3EXT_HOST_DEVICE inline constexpr int slab_rows(int row_bytes) {
 // Tiles of 64 columns whose sums one warp holds in registers from slab to slab.
 inline constexpr int kSlabTiles = 4;
 inline constexpr int kMostSlabColumns = kWarps * kSlabTiles * kTileColumns;
-// Dense chunks of at most this many queries go through slabs too, 8 at a time: two blocks read the
-// rows, from memory once and from L2 once. The dense tiles' sums (at d = 2048 half a megabyte) fit
-// no multiprocessor beside the rows, so they read rows twice from memory; from three blocks on
-// the reads from L2 would cost what the second one from memory does.
-inline constexpr int kSlabQueries = 2 * kTileQueries;
-
 // --- bytes of shared memory; `tiles` > 1 stages its queries
 // ----------------------------------------
 constexpr int64_t ring_bytes(int tiles) {

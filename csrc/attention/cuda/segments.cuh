@@ -264,8 +264,9 @@ __device__ inline int column_slices(int rows) {
   return blocks > 4 ? 1 : blocks > 2 ? 2 : blocks > 1 ? 4 : 8;
 }
 
-// One warp's part of the scores of `count` rows, laid out as score_rows says: RowBlocks blocks of 16
-// rows from `block` on, in one of `slices` column slices. `rows` begins at the first of these rows.
+// One warp's part of the scores of `count` rows, laid out as score_rows says: RowBlocks blocks of
+// 16 rows from `block` on, in one of `slices` column slices. `rows` begins at the first of these
+// rows.
 template <typename T, int RowBlocks, int Tiles, int Depth, typename Rows, typename Queries>
 __device__ inline void score_block(const Rows& rows, int count, int block, Queries& queries,
                                    int num_queries, int width, int slice, int slices, float* scores,

@@ -54,6 +54,14 @@ struct SlabQueries {
   }
 };
 
+// Dense chunks of at most this many queries go through slabs too, 8 at a time. In 16 bits two
+// blocks then read the rows, once from memory and once from L2. The dense tiles' sums (at d = 2048
+// half a megabyte) fit no multiprocessor beside the rows, so those read every row twice from
+// memory; but from three blocks on the reads from L2 would cost what the second one from memory
+// does.
+template <typename T>
+inline constexpr int kSlabQueries = sizeof(T) == 2 ? 2 * kTileQueries : kDenseQueries;
+
 // --- attention -----------------------------------------------------------------------------------
 template <typename T>
 class SlabAttention {
@@ -142,9 +150,9 @@ class SlabAttention {
                               kSlabScoreStride);
     }
     __syncthreads();
-    const float factor = more_exponentials(scores_ + warp() * kSlabScoreStride, count, slices,
-                                           a_.scale, &state_->largest[warp()],
-                                           &state_->sums[warp()]);
+    const float factor =
+        more_exponentials(scores_ + warp() * kSlabScoreStride, count, slices, a_.scale,
+                          &state_->largest[warp()], &state_->sums[warp()]);
     if (lane() == 0) state_->factors[warp()] = factor;
     __syncthreads();
     each_tile([&](ColumnSums<T, 1, 1>& sums, int tile) {
