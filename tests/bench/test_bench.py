@@ -253,9 +253,8 @@ def test_the_command_prints_a_table_and_writes_the_same(tmp_path, capsys):
 
 def test_the_command_takes_tied_tables(tmp_path, capsys):
     path = tmp_path / "result.json"
-    arguments = [part for part in SMALL if part not in ("--d-emb", "32")]
-    arguments += ["--tied", "--regime", "forward", "--dtype", "float32", "--output", str(path)]
-    app(arguments, standalone_mode=False)
+    tied = [*SMALL, "--tied", "--d-emb", "64", "--regime", "forward", "--dtype", "float32"]
+    app([*tied, "--output", str(path)], standalone_mode=False)
     assert "rows of 64, tied" in capsys.readouterr().out
     (result,) = json.loads(path.read_text())
     assert (result["tied"], result["d_in"], result["d_emb"]) == (True, 64, 64)
