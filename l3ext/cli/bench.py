@@ -112,8 +112,9 @@ def attention(
     every = [] if tied else list(PEERS)
     peers = every if not peer else [name for name in peer if name != "none"]
     _check_names("--peer", peers, (*PEERS, "none"))
-    keys, values = d_in or defaults["d_in"], d_emb or (None if tied else defaults["d_emb"])
-    if tied and (peers or values not in (None, keys)):
+    width = d_in or defaults["d_in"]
+    value_width = d_emb or (width if tied else defaults["d_emb"])
+    if tied and (peers or value_width != width):
         raise ValueError("--tied: expected no --peer, and a --d-emb that is --d-in or not given")
     regimes = regime or list(REGIMES)
     _check_names("--regime", regimes, REGIMES)
@@ -141,8 +142,8 @@ def attention(
         options = Options(
             place,
             _dtype(name),
-            d_in=keys,
-            d_emb=values or keys,
+            d_in=width,
+            d_emb=value_width,
             tied=tied,
             regimes=regimes,
             num_tokens=sizes,
