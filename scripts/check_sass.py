@@ -58,6 +58,9 @@ EXPECTATIONS = (
         255,
         ("HMMA", "LDG.128", "LDGSTS"),
     ),
+    # Rows come into shared memory by themselves; two blocks, or one would wait for them.
+    Expectation(rf"::slab_kernel{_HALF}", 128, ("HMMA", "LDGSTS")),
+    Expectation(r"::slab_kernel<float\b", 255, ("LDGSTS",), ("HMMA",)),
     Expectation(rf"::decode_kernel{_HALF}", 128, ("HMMA", "LDG.128")),
     Expectation(rf"::row_gradients_kernel{_HALF}", 255, ("HMMA", "LDG.128")),
     # The matrix units would round float32 operands.

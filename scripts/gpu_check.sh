@@ -20,6 +20,7 @@ build      180  compile the library, its tests and the Python module for this GP
 device      20  C++: every kernel on the device against the CPU's
 tests      150  pytest tests/gpu
 bench      100  forward, backward, decode and plan against the floor, Zipf's law
+tied        35  forward and decode of a tied table
 sanitize    90  compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 peers      150  forward and backward beside what users write today
 text        60  the same as bench on real text and its real allocation
@@ -49,6 +50,8 @@ device() { "$build/tests/cpp/cuda_device_test"; }
 tests() { "$python" -m pytest tests/gpu; }
 
 bench() { run_bench bench --peer none --budget 8; }
+
+tied() { run_bench tied --tied --regime forward --regime decode --budget 3; }
 
 peers() {
   run_bench peers --regime forward --regime backward --runs 20 --budget 8 \

@@ -31,6 +31,7 @@ class Options:
     dtype: torch.dtype
     d_in: int
     d_emb: int
+    tied: bool = False  #: values are the keys; d_emb is d_in then, and no peer can do it
     regimes: Sequence[str] = REGIMES
     num_tokens: Sequence[int] = (4096,)  #: steps of forward, backward and plan
     batches: Sequence[int] = (1, 8, 64, 300, 512)  #: steps of decode
@@ -74,6 +75,7 @@ def run(
         "table_bytes": bench.table.numel() * bench.table.itemsize,
         "d_in": options.d_in,
         "d_emb": options.d_emb,
+        "tied": options.tied,
         "bandwidth": bench.bandwidth,
         "gemm": bench.gemm,
         "measurements": measurements,
@@ -98,7 +100,7 @@ class _Bench:
         self.gemm = timing.gemm_rate(options.dtype, self.device, size=options.gemm_size)
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
-        width = options.d_in + options.d_emb
+        width = options.d_in if options.tied else options.d_in + options.d_emb
         self.table = torch.empty(
             workload.allocation.total_rows, width, dtype=options.dtype, device=self.device
         )
@@ -130,7 +132,10 @@ class _Bench:
                 candidates[name] = theirs
             except Exception as error:  # a peer that does not run here is a result too
                 failures[name] = _reason(error)
-        floor = self._floor([shape.forward(*self._sizes()) for shape in self._shapes(steps)])
+        tied = self.options.tied
+        floor = self._floor(
+            [shape.forward(*self._sizes(), tied=tied) for shape in self._shapes(steps)]
+        )
         return _described(self._time(candidates), {"": floor}, differences, failures)
 
     def _backward(self, steps: list[Tensor]) -> dict[str, Any]:
@@ -172,11 +177,17 @@ class _Bench:
                 candidates[name] = theirs
             except Exception as error:
                 failures[name] = _reason(error)
-        shapes, every = self._shapes(steps), self.workload.allocation.total_rows
-        floors = {
-            "": self._floor([shape.backward(*self._sizes(), shape.rows) for shape in shapes]),
-            dense: self._floor([shape.backward(*self._sizes(), every) for shape in shapes]),
-        }
+        every = self.workload.allocation.total_rows
+
+        def floor(gradient_rows: Callable[[StepShape], int]) -> dict[str, float]:
+            return self._floor(
+                [
+                    shape.backward(*self._sizes(), gradient_rows(shape), tied=self.options.tied)
+                    for shape in self._shapes(steps)
+                ]
+            )
+
+        floors = {"": floor(lambda shape: shape.rows), dense: floor(lambda _: every)}
         return _described(self._time(candidates), floors, differences, failures)
 
     def _decode(self, steps: list[Tensor]) -> dict[str, Any]:
@@ -211,7 +222,10 @@ class _Bench:
             return functools.partial(attends[i], x[i], self.table)
 
         times |= self._time({"l3ext, by itself": single}, ahead=False)
-        floor = self._floor([shape.forward(*self._sizes()) for shape in self._shapes(steps)])
+        tied = self.options.tied
+        floor = self._floor(
+            [shape.forward(*self._sizes(), tied=tied) for shape in self._shapes(steps)]
+        )
         return _described(times, {"": floor}, {}, {})
 
     def _plan(self, steps: list[Tensor]) -> dict[str, Any]:
@@ -232,16 +246,18 @@ class _Bench:
 
     def _ours(self, step: Tensor, *, sparse: bool = False) -> Attend:
         plan = self._plan_of(step)
-        return lambda x, table: table_attention(x, table, plan, tied=False, sparse=sparse)
+        tied = self.options.tied
+        return lambda x, table: table_attention(x, table, plan, tied=tied, sparse=sparse)
 
     def _packed_backward(self, step: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         plan = self._plan_of(step)
         touched = touched_rows(plan.segment_rows, plan.num_segments)
         places = (touched.starts, touched.rows.shape[0])
+        tied = self.options.tied
 
         def backward(dy: Tensor, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
             return torch.ops.l3ext.table_attention_backward(
-                dy, x.detach(), table, x.shape[1], False, *plan._arrays(), 1.0, True, True, *places
+                dy, x.detach(), table, x.shape[1], tied, *plan._arrays(), 1.0, True, True, *places
             )
 
         return backward
@@ -251,6 +267,10 @@ class _Bench:
 
     def _sizes(self) -> tuple[int, int, int]:
         return self.options.d_in, self.options.d_emb, self.options.dtype.itemsize
+
+    def _forward_floor(self, steps: list[Tensor]) -> dict[str, float]:
+        sizes, tied = self._sizes(), self.options.tied
+        return self._floor([shape.forward(*sizes, tied=tied) for shape in self._shapes(steps)])
 
     def _floor(self, costs: list[Cost]) -> dict[str, float]:
         """Of the steps' mean cost, seconds by bytes and by flops."""

@@ -55,20 +55,29 @@ class StepShape:
             pairs=int(queries_rows[~single].sum()),
         )
 
-    def forward(self, d_in: int, d_emb: int, itemsize: int) -> Cost:
-        """Reads the distinct tokens' rows and x once, writes y once."""
-        keys_and_queries = self.rows - self.single_rows + self.tokens - self.single_tokens
-        elements = keys_and_queries * d_in + (self.rows + self.tokens) * d_emb
+    def forward(self, d_in: int, d_emb: int, itemsize: int, *, tied: bool = False) -> Cost:
+        """Reads the distinct tokens' rows and x once, writes y once.
+
+        Args:
+            tied: rows are keys and values in one, as wide as either.
+        """
+        keys = 0 if tied else self.rows - self.single_rows
+        elements = (keys + self.tokens - self.single_tokens) * d_in
+        elements += (self.rows + self.tokens) * d_emb
         return Cost(elements * itemsize, 2 * self.pairs * (d_in + d_emb))
 
-    def backward(self, d_in: int, d_emb: int, itemsize: int, gradient_rows: int) -> Cost:
+    def backward(
+        self, d_in: int, d_emb: int, itemsize: int, gradient_rows: int, *, tied: bool = False
+    ) -> Cost:
         """Reads rows, x and dy once; writes dx and ``gradient_rows`` rows of gradients once.
 
         Args:
             gradient_rows: the table's rows, or ``rows`` where only touched rows are written.
+            tied: as for ``forward``.
         """
-        read = (self.rows - self.single_rows + self.tokens - self.single_tokens) * d_in
+        keys = 0 if tied else self.rows - self.single_rows
+        read = (keys + self.tokens - self.single_tokens) * d_in
         read += (self.rows - self.single_rows + self.tokens) * d_emb
-        written = self.tokens * d_in + gradient_rows * (d_in + d_emb)
+        written = self.tokens * d_in + gradient_rows * (d_emb if tied else d_in + d_emb)
         # Scores again, gradients of queries and of keys; gradients of weights and of values.
         return Cost((read + written) * itemsize, 2 * self.pairs * (3 * d_in + 2 * d_emb))

@@ -76,6 +76,9 @@ def attention(
     ] = None,
     d_in: Annotated[int | None, typer.Option(help="Width of queries and keys.")] = None,
     d_emb: Annotated[int | None, typer.Option(help="Width of values.")] = None,
+    tied: Annotated[
+        bool, typer.Option("--tied", help="Values are the keys, and as wide; without peers.")
+    ] = False,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16, float16 or float64; repeatable.")
     ] = None,
@@ -106,8 +109,13 @@ def attention(
 
     place = _device(device)
     defaults = _DEFAULTS[place.type]
-    peers = list(PEERS) if not peer else [name for name in peer if name != "none"]
+    every = [] if tied else list(PEERS)
+    peers = every if not peer else [name for name in peer if name != "none"]
     _check_names("--peer", peers, (*PEERS, "none"))
+    width = d_in or defaults["d_in"]
+    value_width = d_emb or (width if tied else defaults["d_emb"])
+    if tied and (peers or value_width != width):
+        raise ValueError("--tied: expected no --peer, and a --d-emb that is --d-in or not given")
     regimes = regime or list(REGIMES)
     _check_names("--regime", regimes, REGIMES)
     dtypes = dtype or defaults["dtype"]
@@ -134,8 +142,9 @@ def attention(
         options = Options(
             place,
             _dtype(name),
-            d_in=d_in or defaults["d_in"],
-            d_emb=d_emb or defaults["d_emb"],
+            d_in=width,
+            d_emb=value_width,
+            tied=tied,
             regimes=regimes,
             num_tokens=sizes,
             batches=batches,
@@ -259,8 +268,9 @@ def _conditions(result: dict[str, Any]) -> str:
         where = f"{machine['gpu']}, driver {machine['driver_version']}"
     else:
         where = f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    widths = f"{result['d_in']}" + (", tied" if result["tied"] else f" + {result['d_emb']}")
     return (
         f"{result['source']}, {result['vocab_size']} ids, {result['table_rows']} rows of "
-        f"{result['d_in']} + {result['d_emb']} ({result['table_bytes'] / 2**20:.0f} MiB); "
+        f"{widths} ({result['table_bytes'] / 2**20:.0f} MiB); "
         f"{result['bandwidth'] / 1e9:.1f} GB/s, {result['gemm'] / 1e12:.2f} TFLOP/s; {where}"
     )

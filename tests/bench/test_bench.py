@@ -105,6 +105,13 @@ def test_a_step_is_counted_as_by_hand():
     )
     dense = shape.backward(10, 4, 2, 10)
     assert dense.nbytes - shape.backward(10, 4, 2, 9).nbytes == 2 * 14
+    # Tied: every row once, the single one for its values; gradients as wide as rows.
+    tied = shape.forward(10, 10, 2, tied=True)
+    assert tied == Cost(2 * 10 * (9 + 5 + 7), 2 * 16 * 20)
+    read = 10 * (8 + 5 + 7)
+    assert shape.backward(10, 10, 2, 9, tied=True) == Cost(
+        2 * (read + 7 * 10 + 9 * 10), 2 * 16 * (3 * 10 + 2 * 10)
+    )
     assert Cost(200, 30).seconds(100.0, 10.0) == {"bytes": 2.0, "flops": 3.0}
 
 
@@ -186,6 +193,19 @@ def test_every_regime_runs_and_is_json(dtype):
     assert backward["results"]["l3ext, dense gradient"]["difference"] == 0
 
 
+def test_a_tied_table_is_measured_without_peers():
+    result = attention.run(tiny(), options(d_emb=64, tied=True))
+    assert result["tied"]
+    assert result["table_bytes"] == result["table_rows"] * 64 * 4
+    untied = attention.run(tiny(), options(d_emb=64))
+    assert untied["table_bytes"] == 2 * result["table_bytes"]
+    for measurement in result["measurements"]:
+        assert measurement["failures"] == {}
+        assert ("fraction" in measurement["results"].get("l3ext", {})) == (
+            measurement["regime"] in ("forward", "backward")
+        )
+
+
 def test_a_peer_that_fails_is_reported_and_the_rest_is_measured(monkeypatch):
     def broken(token_ids, offsets):
         raise MemoryError("206 GB do not fit\nand more")
@@ -231,6 +251,15 @@ def test_the_command_prints_a_table_and_writes_the_same(tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp.*"))
 
 
+def test_the_command_takes_tied_tables(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    tied = [*SMALL, "--tied", "--d-emb", "64", "--regime", "forward", "--dtype", "float32"]
+    app([*tied, "--output", str(path)], standalone_mode=False)
+    assert "rows of 64, tied" in capsys.readouterr().out
+    (result,) = json.loads(path.read_text())
+    assert (result["tied"], result["d_in"], result["d_emb"]) == (True, 64, 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -242,6 +271,8 @@ def test_the_command_prints_a_table_and_writes_the_same(tmp_path, capsys):
         (["--batch", "-1"], ValueError, "--batch: expected 1 or more, got -1"),
         (["--runs", "0"], ValueError, "--runs: expected 1 or more, got 0"),
         (["--zipf", "README.md"], ValueError, "--zipf: expected no text beside it"),
+        (["--tied", "--peer", "loop of mm"], ValueError, "--tied: expected no --peer"),
+        (["--tied", "--d-emb", "64"], ValueError, "--tied: expected no --peer, and a --d-emb"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error(arguments, error, message):

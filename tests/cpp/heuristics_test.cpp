@@ -49,6 +49,25 @@ void what_is_chosen_fits() {
   EXPECT(backward_shared_bytes(1, 3617) > kHopper);
 }
 
+void slabs_are_whole_blocks_that_fit() {
+  EXPECT(slab_rows(2 * 2048) == 16 && slab_rows(2 * 1024) == 32 && slab_rows(2 * 1536) == 16);
+  EXPECT(slab_rows(4 * 2048) == 16 && slab_rows(2 * 64) == 128);
+  for (const int element_bytes : {2, 4}) {
+    for (int width = 64; width <= 8192; width += 64) {
+      const int row_bytes = element_bytes * width, rows = slab_rows(row_bytes);
+      EXPECT(rows % kBlockRows == 0 && rows >= kBlockRows && rows <= kWarps * kBlockRows);
+      EXPECT(rows == kBlockRows || rows * row_bytes <= 64 * 1024);
+      EXPECT(slabs_fit(element_bytes, width, kHopper) == (width <= 2048));
+      EXPECT(!slabs_fit(element_bytes, width, kConsumer) ||
+             slab_shared_bytes(row_bytes) <= kConsumer);
+    }
+  }
+  // Two blocks on a multiprocessor of 228 KiB, of which every block costs one more.
+  EXPECT(2 * (slab_shared_bytes(2 * 2048) + 1024) <= 228 * 1024);
+  EXPECT(slabs_fit(2, 2048, kAmpere) && !slabs_fit(4, 2048, kAmpere));
+  EXPECT(!slabs_fit(2, 2048, kConsumer) && slabs_fit(2, 1024, kConsumer));
+}
+
 void scores_of_neighbouring_queries_lie_in_other_banks() {
   for (int64_t rows = 0; rows <= 4096; ++rows) {
     EXPECT(score_stride(rows) >= rows && score_stride(rows) >= 128);
@@ -92,6 +111,7 @@ int main() {
   RUN(dense_tiles_are_the_largest_that_fit);
   RUN(float32_has_registers_for_one_tile);
   RUN(what_is_chosen_fits);
+  RUN(slabs_are_whole_blocks_that_fit);
   RUN(scores_of_neighbouring_queries_lie_in_other_banks);
   RUN(decode_pieces_grow_with_the_batch);
   RUN(decode_covers_all_rows_and_columns);

@@ -29,7 +29,8 @@ __device__ inline void score_slice(const DecodeArgs& args, const Chunk& chunk,
   GatheredQueries<T, 1> queries(static_cast<const T*>(a.x), a.x_stride, permutation, chunk.queries);
   const int steps = a.d_in / kColumnStep<T>;
   RowProducts<T, RowBlocks, 1, RowBlocks == 1 ? 4 : 1> products;
-  products.run(rows.keys + static_cast<int64_t>(first) * a.table.key_stride, a.table.key_stride,
+  products.run(StridedRows<T>{rows.keys + static_cast<int64_t>(first) * a.table.key_stride,
+                              a.table.key_stride},
                rows.count - first, queries, steps * warp() / kWarps * kColumnStep<T>,
                steps * (warp() + 1) / kWarps * kColumnStep<T>);
   products.finish([&](int row, int query, float value) {
@@ -59,7 +60,7 @@ __device__ inline void sum_tile(const Attention& a, const Chunk& chunk, const Se
   sums.clear();
   sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, share * warp(),
            min(share * (warp() + 1), rows.count), SharedWeights{exponentials, stride});
-  sums.finish([&](int q, int column, const float (&v)[kVector<T>]) {
+  sums.finish([&](int q, int column, const float(&v)[kVector<T>]) {
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
       parts[(warp() * kTileQueries + q) * kTileColumns + column + i] = v[i];

@@ -34,6 +34,11 @@ int backward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes
                     [=](int tiles) { return backward_shared_bytes(tiles, max_rows); });
 }
 
+bool slabs_fit(int64_t element_bytes, int64_t width, int64_t shared_bytes) {
+  return width <= kMostSlabColumns &&
+         slab_shared_bytes(static_cast<int>(width * element_bytes)) <= shared_bytes;
+}
+
 DecodeShape decode_shape(int64_t num_tokens, int64_t max_rows, int64_t d_emb, int resident) {
   const int64_t enough = kTurns * resident;
   const int64_t blocks = std::max<int64_t>(1, (max_rows + kBlockRows - 1) / kBlockRows);

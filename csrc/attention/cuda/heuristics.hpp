@@ -11,6 +11,9 @@ namespace l3ext::cuda {
 int forward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes);   // 8, 4 or 1
 int backward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes);  // 4 or 1
 
+// Whether rows of a tied table pass through shared memory, once; else they are read twice.
+bool slabs_fit(int64_t element_bytes, int64_t width, int64_t shared_bytes);
+
 struct DecodeShape {
   int slice_blocks;    // 1 or 2: blocks of 16 rows that one block of threads scores at a time
   int slices;          // of max_rows

@@ -30,6 +30,18 @@ L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
 // Float parts of the decode kernel's warps: [warp][query][column].
 inline constexpr int kDecodeParts = kWarps * kTileQueries * kTileColumns;
 
+// Tied tables: rows staged in shared memory serve both products. As many at a time as fit 64 KiB,
+// beside which the queries leave room for a second block on a multiprocessor; 16 at least, and at
+// most one block of 16 rows a warp. A function of the width alone, as the slabs show in the bits.
+inline constexpr int kMostSlabRows = kWarps * kBlockRows;
+inline constexpr int kSlabScoreStride = score_stride(kMostSlabRows);
+L3EXT_HOST_DEVICE inline constexpr int slab_rows(int row_bytes) {
+  const int rows = 64 * 1024 / row_bytes / kBlockRows * kBlockRows;
+  return rows < kBlockRows ? kBlockRows : rows > kMostSlabRows ? kMostSlabRows : rows;
+}
+// Tiles of 64 columns whose sums one warp holds in registers from slab to slab.
+inline constexpr int kSlabTiles = 4;
+inline constexpr int kMostSlabColumns = kWarps * kSlabTiles * kTileColumns;
 // --- bytes of shared memory; `tiles` > 1 stages its queries
 // ----------------------------------------
 constexpr int64_t ring_bytes(int tiles) {
@@ -43,6 +55,10 @@ constexpr int64_t backward_shared_bytes(int tiles, int64_t max_rows) {
 }
 constexpr int64_t decode_shared_bytes(int64_t max_rows) {
   return int64_t{4} * (kDecodeParts + kTileQueries * (score_stride(max_rows) + 1));
+}
+constexpr int64_t slab_shared_bytes(int row_bytes) {
+  return int64_t{slab_rows(row_bytes) + kTileQueries} * row_bytes +
+         int64_t{4} * kTileQueries * (kSlabScoreStride + 4);
 }
 
 }  // namespace l3ext::cuda

@@ -40,6 +40,13 @@ inline Table table_of(const SegmentedAttentionInputs& inputs) {
           inputs.plan.max_rows};
 }
 
+// Values that are the keys: one row serves both.
+inline bool is_tied(const SegmentedAttentionInputs& inputs) {
+  const bool same_rows = inputs.directory != nullptr ? inputs.value_offset == 0
+                                                     : inputs.values.data == inputs.keys.data;
+  return same_rows && inputs.values.stride == inputs.keys.stride && inputs.d_in == inputs.d_emb;
+}
+
 template <typename T>
 struct SegmentRows {
   const T* keys;
@@ -257,6 +264,27 @@ __device__ inline int column_slices(int rows) {
   return blocks > 4 ? 1 : blocks > 2 ? 2 : blocks > 1 ? 4 : 8;
 }
 
+// One warp's part of the scores of `count` rows, laid out as score_rows says: RowBlocks blocks of
+// 16 rows from `block` on, in one of `slices` column slices. `rows` begins at the first of these
+// rows.
+template <typename T, int RowBlocks, int Tiles, int Depth, typename Rows, typename Queries>
+__device__ inline void score_block(const Rows& rows, int count, int block, Queries& queries,
+                                   int num_queries, int width, int slice, int slices, float* scores,
+                                   int stride) {
+  const int blocks = padded_rows(count) / kBlockRows;
+  const int steps = width / kColumnStep<T>;
+  RowProducts<T, RowBlocks, Tiles, Depth> products;
+  products.tiles = (num_queries + kTileQueries - 1) / kTileQueries;
+  products.run(rows, count - block * kBlockRows, queries, steps * slice / slices * kColumnStep<T>,
+               steps * (slice + 1) / slices * kColumnStep<T>);
+  products.finish([&](int row, int query, float value) {
+    const int r = block * kBlockRows + row;
+    if (r < blocks * kBlockRows) {
+      scores[query * stride + slice * blocks * kBlockRows + r] = value;
+    }
+  });
+}
+
 // scores[query * stride + slice * padded_rows(count) + row] of rows [0, count), count >= 1, in
 // column_slices(count) slices. Barriers are the caller's: before it (scores and ring are free) and
 // after.
@@ -266,18 +294,10 @@ __device__ inline void score_rows(const T* rows, int row_stride, int count,
                                   int stride, std::byte* ring) {
   const int blocks = padded_rows(count) / kBlockRows;
   const auto run = [&]<int RowBlocks, int Depth>(auto& queries, int block, int slice, int slices) {
-    const int steps = width / kColumnStep<T>;
-    RowProducts<T, RowBlocks, Tiles, Depth> products;
-    products.tiles = (source.count + kTileQueries - 1) / kTileQueries;
-    products.run(rows + static_cast<int64_t>(block) * kBlockRows * row_stride, row_stride,
-                 count - block * kBlockRows, queries, steps * slice / slices * kColumnStep<T>,
-                 steps * (slice + 1) / slices * kColumnStep<T>);
-    products.finish([&](int row, int query, float value) {
-      const int r = block * kBlockRows + row;
-      if (r < blocks * kBlockRows) {
-        scores[query * stride + slice * blocks * kBlockRows + r] = value;
-      }
-    });
+    const StridedRows<T> from{rows + static_cast<int64_t>(block) * kBlockRows * row_stride,
+                              row_stride};
+    score_block<T, RowBlocks, Tiles, Depth>(from, count, block, queries, source.count, width, slice,
+                                            slices, scores, stride);
   };
   if (!Staged || blocks <= kWarps) {
     const int slices = column_slices(count);
@@ -356,6 +376,37 @@ __device__ inline float exponentials(float* scores, int rows, int slices, float 
     sum += e;
   }
   return warp_sum(sum);
+}
+
+// The same for one slab of a segment's rows after the other: exponentials relative to the largest
+// score so far. `largest` and `sum` are in shared memory, -infinity and 0 before the first slab.
+// What was summed with the weights of the slabs before is to be multiplied by the result.
+__device__ inline float more_exponentials(float* scores, int rows, int slices, float scale,
+                                          float* largest, float* sum) {
+  const int padded = padded_rows(rows);
+  const float before = *largest;
+  float now = before;
+  for (int r = lane(); r < rows; r += 32) {
+    const float score = scale * whole_score(scores, r, slices, padded);
+    scores[r] = score;
+    now = fmaxf(now, score);
+  }
+  now = warp_max(now);
+  // All scores so far -infinity: no weights yet, but a NaN among them stays one.
+  const float relative_to = now == -INFINITY ? 0.0f : now;
+  const float factor = expf(before - relative_to);
+  float part = 0;
+  for (int r = lane(); r < padded; r += 32) {
+    const float e = r < rows ? expf(scores[r] - relative_to) : 0.0f;
+    scores[r] = e;
+    part += e;
+  }
+  part = warp_sum(part);
+  if (lane() == 0) {
+    *largest = now;
+    *sum = factor * *sum + part;
+  }
+  return factor;
 }
 
 }  // namespace l3ext::cuda

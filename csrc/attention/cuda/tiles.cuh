@@ -66,12 +66,15 @@ __device__ inline float4 as_floats(uint4 v) {
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
-// --- rows: where row r begins --------------------------------------------------------------------
+// --- rows: 16 bytes of row r at a column ---------------------------------------------------------
 template <typename T>
 struct StridedRows {
   const T* base;
   int stride;  // elements
-  __device__ const T* operator()(int r) const { return base + static_cast<int64_t>(r) * stride; }
+  __device__ uint4 load(int r, int column) const {
+    return load_streaming(base + static_cast<int64_t>(r) * stride + column);
+  }
+  __device__ StridedRows from(int column) const { return {base + column, stride}; }
 };
 
 // Rows in the plan's order: row r is that of sorted position first + r.
@@ -80,15 +83,15 @@ struct GatheredRows {
   const T* base;
   int stride;
   const int32_t* permutation;  // at `first`
-  __device__ const T* operator()(int r) const {
-    return base + static_cast<int64_t>(__ldg(permutation + r)) * stride;
+  __device__ uint4 load(int r, int column) const {
+    return load_streaming(base + static_cast<int64_t>(__ldg(permutation + r)) * stride + column);
   }
 };
 
 // --- queries of RowProducts: 16 bytes of one query at a column -----------------------------------
 // Which queries a lane loads: of each tile its own one for the matrix units, all eight for FMA.
 template <typename T, int Tiles>
-inline constexpr int kQueriesPerLane = sizeof(T) == 2 ? Tiles : Tiles * kTileQueries;
+inline constexpr int kQueriesPerLane = sizeof(T) == 2 ? Tiles : Tiles* kTileQueries;
 
 __device__ inline int query_of_lane(int i, int element_bytes) {
   return element_bytes == 2 ? i * kTileQueries + lane() / 4 : i;
@@ -133,9 +136,9 @@ struct RowProducts {
 
   // Columns [begin, end) of rows 0 .. 16 * RowBlocks, of which `count` >= 1 exist; the others yield
   // what nobody reads. All warps of a block must call it alike where `queries` stages by block.
-  template <typename Queries>
-  __device__ void run(const T* rows, int stride, int count, Queries& queries, int begin, int end) {
-    const T* base = rows + kVector<T> * (lane() % 4);
+  template <typename Rows, typename Queries>
+  __device__ void run(const Rows& rows, int count, Queries& queries, int begin, int end) {
+    const Rows of_lane = rows.from(kVector<T> * (lane() % 4));
 #pragma unroll
     for (int b = 0; b < RowBlocks; ++b) {
 #pragma unroll
@@ -156,7 +159,7 @@ struct RowProducts {
           for (int h = 0; h < 2; ++h) {
             // Found anew each time: offsets kept in registers would make the dense tiles spill.
             const int r = min(b * kBlockRows + h * 8 + lane() / 4, count - 1);
-            f.rows[d][b][h] = load_streaming(base + static_cast<int64_t>(r) * stride + k);
+            f.rows[d][b][h] = of_lane.load(r, k);
           }
         }
       }
@@ -270,14 +273,14 @@ template <typename T, int Steps>
 struct HeldRows {
   uint4 rows[Steps][4];
 
-  template <typename RowsOf>
-  __device__ void load(const RowsOf& rows_of, int end) {
+  template <typename Rows>
+  __device__ void load(const Rows& from, int end) {
 #pragma unroll
     for (int s = 0; s < Steps; ++s) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int r = s * kRowStep<T> + first_row_of_lane<T>() + j;
-        rows[s][j] = load_streaming(rows_of(min(r, end - 1)) + first_column_of_lane<T>());
+        rows[s][j] = from.load(min(r, end - 1), first_column_of_lane<T>());
         if (r >= end) rows[s][j] = {0, 0, 0, 0};
       }
     }
@@ -308,11 +311,32 @@ struct ColumnSums {
     }
   }
 
-  // Adds rows [begin, end) of 64 columns: rows(r) points to row r's first of these columns;
+  // Multiplies the sums of query q by factors[q].
+  __device__ void scale(const float* factors) {
+    if constexpr (kMma) {
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float factor = factors[n * kTileQueries + 2 * (lane() % 4) + j % 2];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) c[i][n][j] *= factor;
+        }
+      }
+    } else {
+#pragma unroll
+      for (int q = 0; q < kTileQueries; ++q) {
+#pragma unroll
+        for (float& sum : c[q][0]) sum *= factors[q];
+      }
+    }
+  }
+
+  // Adds rows [begin, end) of 64 columns, `rows` beginning at the first of these;
   // weights.load(query, row) gives the weights of rows row .. row + 4, zero past `end`, which it is
   // asked for up to the next multiple of kRowStep.
-  template <typename RowsOf, typename Weights>
-  __device__ void run(const RowsOf& rows, int begin, int end, const Weights& weights) {
+  template <typename Rows, typename Weights>
+  __device__ void run(const Rows& rows, int begin, int end, const Weights& weights) {
     if (begin >= end) return;
     const auto load = [&](Fragments& f, int row) {
 #pragma unroll
@@ -320,7 +344,7 @@ struct ColumnSums {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int r = row + d * kRowStep<T> + first_row_of_lane<T>() + j;
-          f.rows[d][j] = load_streaming(rows(min(r, end - 1)) + first_column_of_lane<T>());
+          f.rows[d][j] = rows.load(min(r, end - 1), first_column_of_lane<T>());
         }
       }
     };
