@@ -1,4 +1,4 @@
-"""Merging counters equals merging dictionaries, and is associative; a refused merge leaves no trace."""
+"""Merging counters is merging dictionaries, and associative; a refused merge leaves no trace."""
 
 import copy
 import functools
