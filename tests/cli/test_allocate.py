@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_corpus_is_refused(tmp_path, bin_arguments):
         assert result.exit_code == 2
         assert "--checkpoint: it counted" in result.output
     result = run(*arguments, "--parse", "lzw")
-    assert "--checkpoint: expected vocab_size 50 and parse lzw" in result.output
+    assert "--checkpoint: expected vocab_size 50, parse lzw," in result.output
     assert (tmp_path / "counter").read_bytes() == content
 
 
