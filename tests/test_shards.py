@@ -172,7 +172,7 @@ def test_a_process_that_cannot_write_its_counter_says_why(temporary, processes):
         (folder,) = temporary.iterdir()
         (folder / "1").mkdir()  # where the second shard's counter would go
 
-    with pytest.raises(RuntimeError, match="shard 1 of 2: .* status 1: IsADirectoryError"):
+    with pytest.raises(RuntimeError, match=r"shard 1 of 2: .* status 1: IsADirectoryError"):
         count_shards_in_processes(chunks(), 50, shards=2)
     assert_nothing_left(temporary, processes, 2)
 

@@ -150,7 +150,9 @@ def allocate(
             check_writable(option, path)
     if any(is_counter(path) for path in inputs):
         if planning or checkpoint is not None or not mode.exact:
-            raise ValueError("inputs: counters have been counted; --rows and --output grant rows")
+            raise ValueError(
+                "inputs: counters have been counted: only --rows, --max-rows and --output are for them"
+            )
         started = time.perf_counter()
         counter = merge_counters(inputs)
         counted = Counted(counter, 0, time.perf_counter() - started)
