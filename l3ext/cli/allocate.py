@@ -151,7 +151,8 @@ def allocate(
     if any(is_counter(path) for path in inputs):
         if planning or checkpoint is not None or not mode.exact:
             raise ValueError(
-                "inputs: counters have been counted: only --rows, --max-rows and --output are for them"
+                "inputs: counters have been counted: only --rows, --max-rows and --output "
+                "are for them"
             )
         started = time.perf_counter()
         counter = merge_counters(inputs)
