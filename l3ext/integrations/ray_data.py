@@ -49,6 +49,8 @@ def count_dataset(
     Raises:
         ImportError: no Ray; names the extra.
         ValueError: no such column, a column of another type, or an id out of range.
+        TypeError: lists of other than integers.
+        OSError: the tokenizer cannot be read on a node.
     """
     try:
         from ray.data import DataContext
@@ -60,7 +62,7 @@ def count_dataset(
             raise ValueError(f"shards: expected at least 1, got {shards}")
         dataset = dataset.repartition(shards)
     count = functools.partial(
-        count_block,
+        _count_or_refuse,
         vocab_size=vocab_size,
         column=column,
         tokenizer=None if tokenizer is None else os.path.abspath(tokenizer),
@@ -72,7 +74,10 @@ def count_dataset(
     before, options.preserve_order = options.preserve_order, True
     try:
         for row in counters.iter_rows():
-            merged.merge(pickle.loads(row[_COUNTER]))
+            counter = pickle.loads(row[_COUNTER])
+            if isinstance(counter, Exception):
+                raise counter
+            merged.merge(counter)
     finally:
         options.preserve_order = before
     return merged
@@ -109,7 +114,23 @@ def count_block(
         tokens = part.flatten().to_numpy(zero_copy_only=False)
         lengths = part.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         counter.update(tokens, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    return pa.table({_COUNTER: pa.array([pickle.dumps(counter)], pa.large_binary())})
+    return _row(counter)
+
+
+def _count_or_refuse(block: pa.Table, **options: Any) -> pa.Table:
+    """``count_block``, with what it raises in the counter's place: Ray would hand on its text only,
+    and log its own frames.
+    """
+    try:
+        return count_block(block, **options)
+    except (ValueError, TypeError, OSError) as error:
+        return _row(error)
+
+
+def _row(result: LZWCounter | Exception) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.table({_COUNTER: pa.array([pickle.dumps(result)], pa.large_binary())})
 
 
 @functools.lru_cache(maxsize=1)

@@ -88,7 +88,7 @@ def ray():
     ray.shutdown()
 
 
-def test_a_dataset_in_shards(ray, tmp_path):
+def test_a_dataset_in_shards(ray):
     documents = zipf_documents(2, documents=240)
     dataset = ray.data.from_arrow([block(documents[:100]), block(documents[100:])])
     parts = [counted(documents[i : i + 60], 50) for i in range(0, 240, 60)]
@@ -101,7 +101,7 @@ def test_a_dataset_in_shards(ray, tmp_path):
     expected = counted(documents[:100], 50)
     expected.merge(counted(documents[100:], 50))
     assert as_it_is.allocate(200, 16) == expected.allocate(200, 16)
-    exact = count_dataset(dataset, vocab_size=50, shards=1)
+    exact = count_dataset(dataset, vocab_size=50, shards=1, max_codewords=10**9)
     assert exact.allocate(200, 16) == counted(documents, 50).allocate(200, 16)
 
 
@@ -109,6 +109,8 @@ def test_what_a_task_raises_says_why(ray):
     dataset = ray.data.from_arrow(block([[1, 50]]))
     with pytest.raises(ValueError, match=r"tokens: expected ids in \[0, 50\), got 50"):
         count_dataset(dataset, vocab_size=50)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        count_dataset(dataset, vocab_size=50, tokenizer="nowhere.json")
     with pytest.raises(ValueError, match="shards: expected at least 1, got 0"):
         count_dataset(dataset, vocab_size=50, shards=0)
     with pytest.raises(ValueError, match="vocab_size: expected 1 to"):
