@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from l3ext.allocation import Allocation, LZWCounter
 from l3ext.corpus import TokenChunk
-from l3ext.shards import count_shards
+from l3ext.shards import RUN_TOKENS, count_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +115,12 @@ class DocumentSample:
         shuffled = LZWCounter(vocab_size, parse)
         other = _shuffled(sample, self._random)
         shuffled.update(other.tokens, other.offsets)
+        # Runs in the sample's proportion too, or a small one would not reach all shards.
+        run_tokens = max(1, RUN_TOKENS * sample.tokens.size // max(1, self.tokens_seen))
         approximate = count_shards(
-            [sample], vocab_size, shards=shards, parse=parse, max_codewords=bound
-        )
+            [sample], vocab_size, shards=shards, parse=parse, max_codewords=bound,
+            run_tokens=run_tokens,
+        )  # fmt: skip
         expected = exact.allocate(total_rows, max_rows)
         return Distance(
             tokens=int(sample.tokens.size),

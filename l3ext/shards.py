@@ -24,6 +24,7 @@ from l3ext.allocation import LZWCounter
 from l3ext.corpus import TokenChunk
 
 MOST_SHARDS = 1024
+RUN_TOKENS = 1 << 16
 
 
 def count_shards(
@@ -33,24 +34,27 @@ def count_shards(
     shards: int,
     parse: str = "paper",
     max_codewords: int | None = None,
+    run_tokens: int = RUN_TOKENS,
 ) -> LZWCounter:
     """Count in this process what ``count_shards_in_processes`` counts in others.
 
-    Document d of the corpus belongs to shard d mod ``shards``, however it is cut into chunks; the
-    shards are merged in order.
+    Documents that begin within the same ``run_tokens`` tokens of the corpus stay together, and such
+    runs are dealt to the shards in turn, however the corpus is cut into chunks: slices are copied,
+    and shards are of one size. The shards are merged in order.
 
     Args:
         chunks: the corpus.
         vocab_size, parse: as of ``LZWCounter``.
         shards: 1 (exact) to 1024.
         max_codewords: bound of all dictionaries together; each shard gets an equal part.
+        run_tokens: at least 1.
 
     Raises:
         ValueError: an argument or an id out of range.
     """
-    bound = _bound_of_each(max_codewords, vocab_size, shards)
+    bound = _bound_of_each(max_codewords, vocab_size, shards, run_tokens)
     counters = [LZWCounter(vocab_size, parse, max_codewords=bound) for _ in range(shards)]
-    for parts in _deal_all(chunks, vocab_size, shards):
+    for parts in _deal_all(chunks, vocab_size, shards, run_tokens):
         for counter, part in zip(counters, parts, strict=True):
             counter.update(part.tokens, part.offsets)
     merged, *others = counters
@@ -66,6 +70,7 @@ def count_shards_in_processes(
     shards: int,
     parse: str = "paper",
     max_codewords: int | None = None,
+    run_tokens: int = RUN_TOKENS,
 ) -> LZWCounter:
     """Count each shard in a process of its own; arguments, errors and result of ``count_shards``.
 
@@ -76,7 +81,7 @@ def count_shards_in_processes(
     Raises:
         RuntimeError: a process failed or was killed; says which and why.
     """
-    bound = _bound_of_each(max_codewords, vocab_size, shards)
+    bound = _bound_of_each(max_codewords, vocab_size, shards, run_tokens)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l3ext-shards-")))
         workers = [
@@ -85,7 +90,7 @@ def count_shards_in_processes(
         ]
         for worker in workers:  # first all of them, so that they start side by side
             worker.start(vocab_size, parse, bound)
-        for parts in _deal_all(chunks, vocab_size, shards):
+        for parts in _deal_all(chunks, vocab_size, shards, run_tokens):
             for worker, part in zip(workers, parts, strict=True):
                 worker.send(part)
         for worker in workers:
@@ -97,27 +102,29 @@ def count_shards_in_processes(
         return counter
 
 
-def deal(chunk: TokenChunk, first_document: int, shards: int) -> list[TokenChunk]:
-    """The chunk's documents by shard; its first is document ``first_document`` of the corpus."""
-    lengths = np.diff(chunk.offsets)
-    # The narrowest dtype: sorting 16 bits is one counting pass.
-    shard = ((first_document + np.arange(lengths.size)) % shards).astype(np.uint16)
-    tokens = chunk.tokens[np.argsort(np.repeat(shard, lengths), kind="stable")]
-    by_shard = [lengths[shard == i] for i in range(shards)]
-    ends = np.cumsum([part.sum() for part in by_shard])[:-1].astype(np.int64)
-    return [
-        TokenChunk(part, np.concatenate([[0], np.cumsum(own)]).astype(np.int64))
-        for part, own in zip(np.split(tokens, ends), by_shard, strict=True)
-    ]
+def deal(chunk: TokenChunk, first_token: int, shards: int, run_tokens: int) -> list[TokenChunk]:
+    """The chunk's documents by shard; its first token is token ``first_token`` of the corpus."""
+    run = (first_token + chunk.offsets[:-1]) // run_tokens
+    first = np.flatnonzero(np.diff(run, prepend=-1))  # documents with which a run begins here
+    last = np.append(first[1:], run.size)[: first.size]
+    parts = []
+    for shard in range(shards):
+        mine = [slice(a, b) for a, b in zip(first, last, strict=True) if run[a] % shards == shard]
+        tokens = [chunk.tokens[chunk.offsets[a.start] : chunk.offsets[a.stop]] for a in mine]
+        lengths = [np.diff(chunk.offsets[a.start : a.stop + 1]) for a in mine]
+        offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
+        parts.append(TokenChunk(np.concatenate([chunk.tokens[:0], *tokens]), offsets))
+    return parts
 
 
 def _deal_all(
-    chunks: Iterable[TokenChunk], vocab_size: int, shards: int
+    chunks: Iterable[TokenChunk], vocab_size: int, shards: int, run_tokens: int
 ) -> Iterator[list[TokenChunk]]:
-    document = 0
+    token = document = 0
     for chunk in chunks:
         _check_ids(chunk, document, vocab_size)
-        yield deal(chunk, document, shards)
+        yield deal(chunk, token, shards, run_tokens)
+        token += int(chunk.tokens.size)
         document += chunk.offsets.size - 1
 
 
@@ -134,7 +141,12 @@ def _check_ids(chunk: TokenChunk, first_document: int, vocab_size: int) -> None:
     )
 
 
-def _bound_of_each(max_codewords: int | None, vocab_size: int, shards: int) -> int | None:
+def _bound_of_each(
+    max_codewords: int | None, vocab_size: int, shards: int, run_tokens: int
+) -> int | None:
+    """The bound of one shard's dictionary, of arguments that have been checked."""
+    if run_tokens < 1:
+        raise ValueError(f"run_tokens: expected at least 1, got {run_tokens}")
     if not 1 <= shards <= MOST_SHARDS:
         raise ValueError(f"shards: expected 1 to {MOST_SHARDS}, got {shards}")
     if max_codewords is None:

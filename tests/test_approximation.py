@@ -78,7 +78,9 @@ def test_the_distances_of_a_sample():
     assert (distance.tokens, distance.documents) == (chunk.tokens.size, chunk.offsets.size - 1)
     assert distance.max_codewords == bound
     exact = counted(documents_of(chunk), 50).allocate(200, 16)
-    approximate = count_shards([chunk], 50, shards=3, max_codewords=bound).allocate(200, 16)
+    run = 65536 * chunk.tokens.size // sample.tokens_seen
+    approximate = count_shards([chunk], 50, shards=3, max_codewords=bound, run_tokens=run)
+    approximate = approximate.allocate(200, 16)
     assert distance.from_exact == allocation_distance(exact, approximate) > 0
     assert 0 < distance.of_another_order < 2
 

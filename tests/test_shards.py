@@ -35,38 +35,45 @@ def corpora(draw):
     return vocab_size, documents, cuts
 
 
-@given(corpus=corpora(), shards=st.integers(1, 5), first=st.integers(0, 7))
-def test_documents_are_dealt_in_turn(corpus, shards, first):
+def by_shard(documents, shards, run_tokens, token=0):
+    """Documents by shard, by the definition: those that begin in one run of tokens together."""
+    dealt = [[] for _ in range(shards)]
+    for document in documents:
+        dealt[token // run_tokens % shards].append(document)
+        token += len(document)
+    return dealt
+
+
+@given(corpus=corpora(), shards=st.integers(1, 5), run=st.integers(1, 60), first=st.integers(0, 70))
+def test_runs_of_documents_are_dealt_in_turn(corpus, shards, run, first):
     _, documents, _ = corpus
-    parts = deal(TokenChunk(*pack(documents)), first, shards)
+    parts = deal(TokenChunk(*pack(documents)), first, shards, run)
     got = [
-        [
-            part.tokens[a:b].tolist()
-            for a, b in zip(part.offsets[:-1], part.offsets[1:], strict=True)
-        ]
-        for part in parts
+        [part.tokens[a:b].tolist() for a, b in itertools.pairwise(part.offsets)] for part in parts
     ]
-    expected = [[] for _ in range(shards)]
-    for place, document in enumerate(documents, start=first):
-        expected[place % shards].append(document)
-    assert got == expected
+    assert got == by_shard(documents, shards, run, first)
 
 
 @pytest.mark.parametrize("parse", ["paper", "lzw"])
-@given(corpus=corpora(), shards=st.integers(1, 5), room=st.none() | st.integers(0, 30))
+@given(
+    corpus=corpora(),
+    shards=st.integers(1, 5),
+    run=st.integers(1, 60),
+    room=st.none() | st.integers(0, 30),
+)
 @settings(max_examples=150, deadline=None)
-def test_shards_are_counters_of_their_own_merged_in_order(parse, corpus, shards, room):
+def test_shards_are_counters_of_their_own_merged_in_order(parse, corpus, shards, run, room):
     vocab_size, documents, cuts = corpus
     bound = None if room is None else shards * vocab_size + room
     each = None if bound is None else bound // shards
-    expected, *others = (
-        counted(documents[i::shards], vocab_size, parse, each) for i in range(shards)
-    )
+    dealt = by_shard(documents, shards, run)
+    expected, *others = (counted(part, vocab_size, parse, each) for part in dealt)
     for other in others:
         expected.merge(other)
     counter = count_shards(
-        chunks_of(documents, cuts), vocab_size, shards=shards, parse=parse, max_codewords=bound
-    )
+        chunks_of(documents, cuts), vocab_size, shards=shards, parse=parse, max_codewords=bound,
+        run_tokens=run,
+    )  # fmt: skip
     assert state(counter) == state(expected)
     if shards == 1:
         assert state(counter) == state(counted(documents, vocab_size, parse, bound))
@@ -77,7 +84,7 @@ def test_shards_are_counters_of_their_own_merged_in_order(parse, corpus, shards,
 )
 def test_processes_count_what_one_process_counts(shards, parse, bound):
     documents = zipf_documents(3, documents=500, length=200, vocab_size=50)
-    arguments = {"shards": shards, "parse": parse, "max_codewords": bound}
+    arguments = {"shards": shards, "parse": parse, "max_codewords": bound, "run_tokens": 999}
     here = count_shards(chunks_of(documents), 50, **arguments)
     there = count_shards_in_processes(chunks_of(documents, [100, 100, 333]), 50, **arguments)
     # Loaded counters have grown otherwise: everything but their memory is the same.
@@ -100,6 +107,7 @@ def test_more_shards_than_documents():
     ("arguments", "message"),
     [
         ({"shards": 0}, "shards: expected 1 to 1024, got 0"),
+        ({"shards": 2, "run_tokens": 0}, "run_tokens: expected at least 1, got 0"),
         ({"shards": 1025}, "shards: expected 1 to 1024, got 1025"),
         (
             {"shards": 3, "max_codewords": 149},
@@ -162,7 +170,7 @@ def test_a_killed_process(when, temporary, processes):
 
     message = r"shard 1 of 3: its process was killed by signal 9 \(Killed\)"
     with pytest.raises(RuntimeError, match=message):
-        count_shards_in_processes(chunks(), 50, shards=3)
+        count_shards_in_processes(chunks(), 50, shards=3, run_tokens=1)
     assert_nothing_left(temporary, processes, 3)
 
 
