@@ -31,6 +31,9 @@ void Counter::merge(const Counter& other, const InterruptHook& interrupted) {
   FlatArray<uint32_t> own;  // the other's ids -> ours
   own.resize(other.num_codewords());
   try {
+    // Most codewords of another part are new: room for all, instead of growing several times.
+    dictionary_.reserve_slots(
+        std::min<size_t>(size_t{old_size} + own.size() - singles, kUnbounded));
     for (uint32_t id = 0; id < own.size(); ++id) {
       if (id % kCodewordsPerPoll == 0 && interrupted && interrupted()) {
         throw Error(ErrorCode::kInterrupted,
