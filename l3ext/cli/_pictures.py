@@ -38,7 +38,8 @@ def save_figure(figure: Any, path: Path) -> None:
 
     from l3ext._files import atomic_path
 
-    with atomic_path(path) as temporary:
+    # Letters stay letters in an svg: it is smaller, and can be searched.
+    with atomic_path(path) as temporary, pyplot.rc_context({"svg.fonttype": "none"}):
         figure.savefig(temporary, format=_format(path), dpi=150)
     pyplot.close(figure)
 

@@ -58,13 +58,10 @@ def draw(costs: list[TableCost], link: Link, memory_bytes: int | None, path: Pat
         panel.grid(alpha=0.3)
         if memory_bytes is not None and memory_bytes / scale <= panel.get_xlim()[1]:
             panel.axvline(memory_bytes / scale, color="0.4", linewidth=1)
-            panel.annotate(
-                f"memory {memory_bytes / scale:.3g} {unit}", (memory_bytes / scale, 0.5),
-                xycoords=panel.get_xaxis_transform(), xytext=(4, 0), textcoords="offset points",
-                rotation=90, va="center", color="0.3", fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-            )  # fmt: skip
-    figure.suptitle(f"One lookup layer, link of {link.gigabytes_per_second:g} GB/s", fontsize=11)
+    title = f"One lookup layer, link of {link.gigabytes_per_second:g} GB/s"
+    if memory_bytes is not None:
+        title += f"; vertical line: memory of {memory_bytes / scale:.3g} {unit}"
+    figure.suptitle(title, fontsize=11)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center",
         ncols=min(len(formats), columns), frameon=False, fontsize=9,
