@@ -61,7 +61,7 @@ def test_runs_of_documents_are_dealt_in_turn(corpus, shards, run, first):
     run=st.integers(1, 60),
     room=st.none() | st.integers(0, 30),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_shards_are_counters_of_their_own_merged_in_order(parse, corpus, shards, run, room):
     vocab_size, documents, cuts = corpus
     bound = None if room is None else shards * vocab_size + room

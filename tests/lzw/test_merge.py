@@ -49,7 +49,7 @@ def merged_plainly(a, b):
 
 @pytest.mark.parametrize("parse", PARSES)
 @given(corpora=parts(2))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_equals_the_definition(parse, corpora):
     vocab_size, (first, second) = corpora
     a, b = counted(first, vocab_size, parse), counted(second, vocab_size, parse)
@@ -62,7 +62,7 @@ def test_equals_the_definition(parse, corpora):
 
 @pytest.mark.parametrize("parse", PARSES)
 @given(corpora=parts(3), bounds=st.tuples(*[st.none() | st.integers(4, 30)] * 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_it_is_associative(parse, corpora, bounds):
     vocab_size, documents = corpora
     a, b, c = (
@@ -75,7 +75,7 @@ def test_it_is_associative(parse, corpora, bounds):
 
 
 @given(corpora=parts(2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_its_counts_do_not_depend_on_the_order(corpora):
     vocab_size, documents = corpora
     a, b = (counted(part, vocab_size) for part in documents)
@@ -85,7 +85,7 @@ def test_its_counts_do_not_depend_on_the_order(corpora):
 
 
 @given(corpora=parts(1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_an_unused_counter_changes_nothing(corpora):
     vocab_size, (documents,) = corpora
     counter, unused = counted(documents, vocab_size), l3ext.LZWCounter(vocab_size)
@@ -163,7 +163,7 @@ def test_ctrl_c_leaves_both_unchanged():
     generator = np.random.default_rng(1)
     a, b = l3ext.LZWCounter(50), l3ext.LZWCounter(50)
     a.update(generator.integers(0, 50, 100_000))
-    b.update(generator.integers(0, 50, 4_000_000))
+    b.update(generator.integers(0, 50, 1_500_000))
     others = contents(b)
     for seconds in (0.02, 0.005, 0.001):  # a fast machine is through before the first
         target = copy.deepcopy(a)
