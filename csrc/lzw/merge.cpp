@@ -12,6 +12,7 @@
 namespace l3ext::lzw {
 namespace {
 
+constexpr uint32_t kAhead = 16;  // codewords: some 10 ns each hide the memory's latency
 constexpr uint32_t kCodewordsPerPoll = 1 << 16;  // some milliseconds, as a probe may miss the cache
 
 const char* name_of(Parse parse) { return parse == Parse::kPaper ? "paper" : "lzw"; }
@@ -31,13 +32,15 @@ void Counter::merge(const Counter& other, const InterruptHook& interrupted) {
   FlatArray<uint32_t> own;  // the other's ids -> ours
   own.resize(other.num_codewords());
   try {
-    // Most codewords of another part are new: room for all, instead of growing several times.
-    dictionary_.reserve_slots(
-        std::min<size_t>(size_t{old_size} + own.size() - singles, kUnbounded));
     for (uint32_t id = 0; id < own.size(); ++id) {
       if (id % kCodewordsPerPoll == 0 && interrupted && interrupted()) {
         throw Error(ErrorCode::kInterrupted,
                     concat("interrupted at codeword ", id, "; the counters are as before"));
+      }
+      // Most parents are long known by then, so that the line can be asked for before its turn.
+      if (id >= singles && id + kAhead < own.size()) {
+        const auto [parent, token] = other.dictionary_.edge(id + kAhead);
+        if (parent < id) static_cast<void>(dictionary_.probe(own[parent], token));
       }
       own[id] = id < singles ? id
                              : find_or_insert(own[other.dictionary_.edge(id).parent],
@@ -60,8 +63,7 @@ void Counter::merge(const Counter& other, const InterruptHook& interrupted) {
 }
 
 uint32_t Counter::find_or_insert(uint32_t parent, uint32_t token) {
-  const uint32_t found = dictionary_.find(parent, token);
-  if (found != Dictionary::kNone) return found;
+  if (const uint32_t found = dictionary_.find(parent, token); found != 0) return found;
   const uint32_t id = dictionary_.insert(parent, token);
   counts_.push_back(0);
   return id;
