@@ -63,7 +63,8 @@ void Counter::merge(const Counter& other, const InterruptHook& interrupted) {
 }
 
 uint32_t Counter::find_or_insert(uint32_t parent, uint32_t token) {
-  if (const uint32_t found = dictionary_.find(parent, token); found != 0) return found;
+  const uint32_t found = dictionary_.find(parent, token);
+  if (found != Dictionary::kNone) return found;
   const uint32_t id = dictionary_.insert(parent, token);
   counts_.push_back(0);
   return id;
