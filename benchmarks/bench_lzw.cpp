@@ -22,6 +22,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -187,6 +188,28 @@ void lzw_grant(benchmark::State& state) {
   }
 }
 BENCHMARK(lzw_grant)->Unit(benchmark::kMillisecond);
+
+// The second half of the corpus' documents merged into the first half's counter.
+void lzw_merge(benchmark::State& state) {
+  const Corpus& c = corpus();
+  const size_t cut = c.offsets.size() / 2;
+  const std::span<const int32_t> tokens(c.tokens);
+  const auto split = static_cast<size_t>(c.offsets[cut]);
+  std::vector<int64_t> later;
+  for (size_t d = cut; d < c.offsets.size(); ++d) later.push_back(c.offsets[d] - c.offsets[cut]);
+  Counter second(c.vocab_size, Parse::kPaper);
+  second.update(tokens.subspan(split), later);
+  for (auto _ : state) {
+    state.PauseTiming();
+    Counter first(c.vocab_size, Parse::kPaper);
+    first.update(tokens.first(split), std::span(c.offsets).first(cut + 1));
+    state.ResumeTiming();
+    first.merge(second);
+  }
+  state.counters["codewords/s"] =
+      benchmark::Counter(second.num_codewords(), benchmark::Counter::kIsIterationInvariantRate);
+}
+BENCHMARK(lzw_merge)->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -247,6 +248,31 @@ class LZWCounter:
             cuts = host_integers(offsets, "offsets").astype(np.int64, copy=False)
         self._native.update(ids, cuts)
 
+    def merge(self, other: LZWCounter) -> None:
+        """Add the codewords of another counter, which stays as it is.
+
+        Counts, frequencies, ``num_tokens`` and ``max_codewords`` add up (unbounded stays
+        unbounded); codewords that are new here follow the others in ``other``'s order. So merging
+        is associative, and any map and reduce will do, as counters can be saved, or pickled. The
+        result is not what one counter would have counted: each part learns its phrases anew.
+
+        Raises:
+            TypeError: ``other`` is no LZWCounter.
+            ValueError: vocab_size or parse differ, or a sum exceeds 2^63 - 1.
+
+        Whatever is raised, KeyboardInterrupt included, both counters are as before the call.
+        """
+        if not isinstance(other, LZWCounter):
+            raise TypeError(f"other: expected an LZWCounter, got {type(other).__name__}")
+        self._native.merge(other._native)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        with tempfile.TemporaryDirectory(prefix="l3ext-") as directory:
+            path = os.path.join(directory, "counter")
+            self.save(path)
+            with open(path, "rb") as stream:
+                return _load_counter, (stream.read(),)
+
     @property
     def vocab_size(self) -> int:
         """Tokens in the vocabulary."""
@@ -364,6 +390,14 @@ def allocate(
 
 def _rebuild(rows: npt.NDArray[np.int32], frequency: Any) -> Allocation:
     return Allocation.from_rows(rows, frequency=frequency)
+
+
+def _load_counter(content: bytes) -> LZWCounter:
+    with tempfile.TemporaryDirectory(prefix="l3ext-") as directory:
+        path = os.path.join(directory, "counter")
+        with open(path, "wb") as stream:
+            stream.write(content)
+        return LZWCounter.load(path)
 
 
 def _integer(value: Any, argument: str) -> int:

@@ -37,6 +37,16 @@ class Counter {
   void update(std::span<const int64_t> tokens, std::span<const int64_t> offsets,
               const InterruptHook& interrupted = {});
 
+  // Adds another counter's codewords, as if both were one that counted its documents apart: counts,
+  // frequencies, num_tokens and max_codewords add up (unbounded stays unbounded); the codewords
+  // that are new here follow ours, in the other's order. So merging is associative, a counter that
+  // has counted nothing changes nothing but max_codewords, and the counts do not depend on the
+  // order. Merged counters are not what one counter would have counted: each part has learnt its
+  // phrases anew. Throws kValue where vocab_size or parse differ or a sum does not fit,
+  // kInterrupted, kRuntime or std::bad_alloc; both counters are then exactly as before. O(other's
+  // codewords) time.
+  void merge(const Counter& other, const InterruptHook& interrupted = {});
+
   int64_t vocab_size() const { return static_cast<int64_t>(frequency_.size()); }
   Parse parse() const { return parse_; }
   std::optional<int64_t> max_codewords() const {
@@ -89,6 +99,7 @@ class Counter {
   void set_back(uint32_t id, Journal& journal);
   void insert(uint32_t parent, uint32_t token, int64_t count);
   void undo(Journal& journal) noexcept;
+  uint32_t find_or_insert(uint32_t parent, uint32_t token);
 
   Parse parse_;
   uint32_t max_codewords_;

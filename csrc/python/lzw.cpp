@@ -37,19 +37,35 @@ class SharedCounter {
   // f(counter) with the lock held and the GIL released.
   template <typename F>
   auto with(F&& f) {
-    // Only a signal handler that runs inside this thread's own call comes here twice.
-    if (owner_.load() == std::this_thread::get_id()) {
-      throw Error(ErrorCode::kRuntime,
-                  "LZWCounter: in use by the call that this signal handler "
-                  "interrupted");
-    }
+    check_not_within();
     py::gil_scoped_release nogil;
     const std::lock_guard lock(mutex_);
     const Owner owner(owner_);
     return f(counter_);
   }
 
+  // f(counter, other's counter) with both locks held, in an order that cannot deadlock.
+  template <typename F>
+  void with(SharedCounter& other, F&& f) {
+    if (&other == this) return with([&](lzw::Counter& counter) { f(counter, counter); });
+    check_not_within();
+    other.check_not_within();
+    py::gil_scoped_release nogil;
+    const std::scoped_lock lock(mutex_, other.mutex_);
+    const Owner owner(owner_), others_owner(other.owner_);
+    f(counter_, other.counter_);
+  }
+
  private:
+  // Only a signal handler that runs inside this thread's own call comes here twice.
+  void check_not_within() const {
+    if (owner_.load() == std::this_thread::get_id()) {
+      throw Error(ErrorCode::kRuntime,
+                  "LZWCounter: in use by the call that this signal handler "
+                  "interrupted");
+    }
+  }
+
   class Owner {
    public:
     explicit Owner(std::atomic<std::thread::id>& id) : id_(id) { id_ = std::this_thread::get_id(); }
@@ -87,6 +103,12 @@ void update(SharedCounter& shared, const TensorArg& tokens, const TensorArg& off
       counter.update(vector_of<Token>(tokens.view()), vector_of<int64_t>(offsets.view()),
                      interrupted);
     });
+  });
+}
+
+void merge(SharedCounter& shared, SharedCounter& other) {
+  shared.with(other, [](lzw::Counter& counter, const lzw::Counter& others) {
+    counter.merge(others, interrupted);
   });
 }
 
@@ -157,6 +179,7 @@ void bind_lzw(py::module_& module) {
           },
           py::arg("path"))
       .def("update", update, py::arg("tokens"), py::arg("offsets"))
+      .def("merge", merge, py::arg("other"))
       .def("codewords", codewords, py::arg("begin"), py::arg("end"))
       .def("copy_frequency", copy_frequency, py::arg("out"))
       .def("grant", grant, py::arg("total_rows"), py::arg("max_rows"), py::arg("out"))

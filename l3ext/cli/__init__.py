@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from l3ext.cli import allocate, bench, doctor, generate, inspect, train
+from l3ext.cli import allocate, bench, doctor, generate, inspect, merge, train
 from l3ext.cli._group import CommandGroup
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ def _root(
 
 
 app.command()(allocate.allocate)
+app.command()(merge.merge)
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(inspect.inspect)

@@ -46,6 +46,13 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print names and numbers, one a line, to stdout."""
+    for name, value in facts.items():
+        text = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+        typer.echo(f"{name.replace('_', ' '):28} {text:>16}")
+
+
 def remark(text: str) -> None:
     """Print one line to stderr."""
     typer.echo(text, err=True)

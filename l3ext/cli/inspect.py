@@ -205,19 +205,11 @@ def _token_texts(where: Path | None, *, required: Path | None) -> dict[int, str]
 
 
 def _plot(rows: npt.NDArray[np.integer], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise RuntimeError(
-            "--plot: needs matplotlib, which the extra l3ext[plots] brings"
-        ) from None
     import numpy as np
 
-    from l3ext._files import atomic_path
+    from l3ext.cli._pictures import import_pyplot, save_figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = import_pyplot("--plot")
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.step(np.arange(1, len(rows) + 1), np.sort(rows)[::-1], where="mid")
     axes.set(
@@ -228,9 +220,7 @@ def _plot(rows: npt.NDArray[np.integer], path: Path) -> None:
         title=f"{int(rows.sum()):,} rows of {len(rows):,} tokens",
     )
     axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        plt.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _print(facts: dict[str, Any]) -> None:

@@ -150,6 +150,37 @@ void a_rejected_update_leaves_no_trace() {
   EXPECT(equal(counter, untouched));
 }
 
+// Stops the same merge at its first poll, its second, and so on until it goes through.
+void an_interrupted_merge_leaves_no_trace() {
+  const Corpus first = random_corpus(1, 3, 2000, 40);
+  const Corpus second = random_corpus(2, 3, 60000, 40);
+  Counter counter(3, Parse::kPaper), untouched(3, Parse::kPaper), other(3, Parse::kPaper);
+  counter.update(first.tokens, first.offsets);
+  untouched.update(first.tokens, first.offsets);
+  other.update(second.tokens, second.offsets);
+  const auto others = codewords(other);
+  int polls = 0;
+  bool interrupted = true;
+  for (int stop_at = 1; interrupted; ++stop_at) {
+    int poll = 0;
+    try {
+      counter.merge(other, [&] { return ++poll == stop_at; });
+      interrupted = false;
+    } catch (const Error& error) {
+      EXPECT(error.code() == ErrorCode::kInterrupted);
+      EXPECT(equal(counter, untouched));
+      ++polls;
+    }
+  }
+  EXPECT(polls >= 2);  // one of them after codewords were inserted
+  EXPECT(codewords(other) == others);
+  std::map<Codeword, int64_t> sum;
+  for (const auto& [codeword, count] : codewords(untouched)) sum[codeword] += count;
+  for (const auto& [codeword, count] : others) sum[codeword] += count;
+  const auto got = codewords(counter);
+  EXPECT((std::map<Codeword, int64_t>(got.begin(), got.end()) == sum));
+}
+
 void a_corrupt_file_is_refused_at_every_byte() {
   const std::string path =
       (std::filesystem::temp_directory_path() / l3ext::concat("lzw.", ::getpid())).string();
@@ -322,6 +353,7 @@ int main() {
   RUN(both_token_types_count_alike);
   RUN(an_interrupted_update_leaves_no_trace);
   RUN(a_rejected_update_leaves_no_trace);
+  RUN(an_interrupted_merge_leaves_no_trace);
   RUN(a_corrupt_file_is_refused_at_every_byte);
   RUN(rows_are_granted_by_count_and_then_by_insertion);
   RUN(impossible_grants_are_refused_without_overflow);

@@ -18,7 +18,7 @@ def code_blocks(path, language):
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/allocation.md", "docs/tutorial.md"])
 def test_python_blocks_run_in_order(name, tmp_path):
     blocks = code_blocks(ROOT / name, "python")
     assert blocks

@@ -1,0 +1,1 @@
+"""Other projects' machinery, each in a module that imports it only when called."""
