@@ -28,6 +28,7 @@ inline To bit_cast_vector(From v) {
 using U32 = typename VectorOf<uint32_t, L3EXT_VECTOR_BYTES>::type;
 using I32 = typename VectorOf<int32_t, L3EXT_VECTOR_BYTES>::type;
 using U16 = typename VectorOf<uint16_t, L3EXT_VECTOR_BYTES / 2>::type;
+using I8 = typename VectorOf<int8_t, L3EXT_VECTOR_BYTES / 4>::type;
 
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
@@ -91,6 +92,23 @@ inline auto widen_halves(typename VectorOf<uint16_t, 32>::type halves) {
 }
 #endif
 inline Vec<float> load(const Float16* p) { return widen_halves(load_raw<U16>(p)); }
+
+inline Vec<float> load(const int8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(load_raw<I8>(p), I32), Vec<float>);
+}
+// Exponent and mantissa go where a float has them, the exponent rebiased from 7 to 127. That is the
+// value, but where the exponent field is zero: there 2^-6 (m / 8), and not half of 2^-6 (1 + m / 8)
+// as for a float. The smaller of the two is right everywhere. No step meets a subnormal float,
+// which would be slow, and zero where the caller flushes them.
+inline Vec<float> load(const Float8E4M3* p) {
+  const I32 code = __builtin_convertvector(load_raw<I8>(p), I32) << 20;  // the sign in bit 31
+  const I32 magnitude = code & 0x07f00000;
+  const Vec<float> normal = bit_cast_vector<Vec<float>>(magnitude + ((127 - 7) << 23));
+  const Vec<float> subnormal = normal * 2.0f - 0x1p-6f;
+  const Vec<float> value = normal < subnormal ? normal : subnormal;
+  const I32 bits = bit_cast_vector<I32>(value) | (code & INT32_MIN);
+  return bit_cast_vector<Vec<float>>(magnitude == 0x07f00000 ? I32{} + 0x7fc00000 : bits);
+}
 
 inline void store(Vec<double> v, double* p) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(Vec<float> v, float* p) { std::memcpy(p, &v, sizeof(v)); }
