@@ -55,11 +55,21 @@ class StepShape:
             pairs=int(queries_rows[~single].sum()),
         )
 
-    def forward(self, d_in: int, d_emb: int, itemsize: int) -> Cost:
-        """Reads the distinct tokens' rows and x once, writes y once."""
-        keys_and_queries = self.rows - self.single_rows + self.tokens - self.single_tokens
-        elements = keys_and_queries * d_in + (self.rows + self.tokens) * d_emb
-        return Cost(elements * itemsize, 2 * self.pairs * (d_in + d_emb))
+    def forward(
+        self, d_in: int, d_emb: int, itemsize: int, row_itemsize: int | None = None
+    ) -> Cost:
+        """Reads the distinct tokens' rows and x once, writes y once.
+
+        Args:
+            d_in: width of queries and keys.
+            d_emb: width of values.
+            itemsize: bytes of an element of x and y.
+            row_itemsize: bytes of an element of a row, if not as many.
+        """
+        rows = (self.rows - self.single_rows) * d_in + self.rows * d_emb
+        queries = (self.tokens - self.single_tokens) * d_in + self.tokens * d_emb
+        nbytes = rows * (row_itemsize or itemsize) + queries * itemsize
+        return Cost(nbytes, 2 * self.pairs * (d_in + d_emb))
 
     def backward(self, d_in: int, d_emb: int, itemsize: int, gradient_rows: int) -> Cost:
         """Reads rows, x and dy once; writes dx and ``gradient_rows`` rows of gradients once.
