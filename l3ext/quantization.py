@@ -16,6 +16,7 @@ from torch import Tensor
 #: The storage dtypes and the largest value of each that is used: int8 symmetrically.
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 QUANTIZED_DTYPES = tuple(_LARGEST)
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class QuantizedTable:
         ValueError: widths that do not fit the storage.
     """
 
-    storage: Tensor  #: uint8 [v, row_bytes], contiguous
+    storage: Tensor = dataclasses.field(repr=False)  #: uint8 [v, row_bytes], contiguous
     dtype: torch.dtype  #: torch.float8_e4m3fn or torch.int8
     d_in: int  #: width of the keys
     d_emb: int  #: width of the values
@@ -119,8 +120,8 @@ def quantize_rows(
 
     Raises:
         TypeError: another dtype.
-        ValueError: widths that do not fit; a row with NaN or infinity, or beyond what a float32
-            scale can stand for, which one.
+        ValueError: widths that do not fit; a row with NaN or infinity, or beyond float32's range,
+            which one.
     """
     check_quantized_dtype(dtype)
     if not isinstance(table, Tensor) or not table.dtype.is_floating_point or table.itemsize == 1:
@@ -148,19 +149,20 @@ def _quantize(rows: Tensor, elements: Tensor, scales: Tensor, first: int, half: 
     """Quantise ``rows``, of which the first is row ``first`` of the table, into two views."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
     most = wide.abs().amax(dim=1)  # NaN where there is any
-    scale = torch.where(most > 0, (most / _LARGEST[elements.dtype]).clamp(min=2.0**-126), 1.0)
-    scale = scale.float()
-    wrong = torch.nonzero(~(most.isfinite() & scale.isfinite()))
-    if wrong.numel():
-        row = int(wrong[0])
+    beyond = torch.nonzero(~(most <= _FLOAT32.max))
+    if beyond.numel():
+        row = int(beyond[0])
         raise ValueError(
-            f"table: expected finite {half} that a float32 scale can stand for, got "
-            f"{float(most[row])} as the largest magnitude in row {first + row}"
+            f"table: expected {half} that are finite in float32, got {float(most[row])} as the "
+            f"largest magnitude in row {first + row}"
         )
+    largest = _LARGEST[elements.dtype]
+    # Neither a subnormal nor one by which the largest element would be infinite again.
+    scale = (most / largest).clamp(2.0**-126, _FLOAT32.max / largest * (1 - 2.0**-22))
+    scale = torch.where(most > 0, scale, 1.0).float()
     quotient = wide / scale[:, None]
     if elements.dtype == torch.int8:
         quotient = quotient.round()
-    largest = _LARGEST[elements.dtype]
     elements.copy_(quotient.clamp(-largest, largest))
     scales.copy_(scale)
 

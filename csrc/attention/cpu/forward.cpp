@@ -245,9 +245,9 @@ class Forward {
 };
 
 void check_quantization(const SegmentedAttentionParams& params) {
-  L3EXT_CHECK(params.dtype != DType::kFloat64,
-              "x: expected float32, bfloat16 or float16 for rows of ",
-              dtype_name(params.quantization->dtype), ", got float64");
+  if (params.dtype != DType::kFloat64) return;
+  throw Error(ErrorCode::kType, concat("x: expected float32, bfloat16 or float16 for rows of ",
+                                       dtype_name(params.quantization->dtype), ", got float64"));
 }
 
 template <typename T>
