@@ -92,56 +92,55 @@ inline auto widen_halves(typename VectorOf<uint16_t, 32>::type halves) {
 #endif
 inline Vec<float> load(const Float16* p) { return widen_halves(load_raw<U16>(p)); }
 
-// GCC 12 converts a vector of bytes element by element: hence the instructions by name.
-inline I32 load_bytes(const void* p) {
+// Of every word, byte number kByte as the highest one.
+template <int kByte, typename Words>
+inline Words byte_on_top(Words words) {
+  if constexpr (kByte == 3) {
+    return words;
+  } else {
+    return words << (24 - 8 * kByte);
+  }
+}
+template <int kByte, typename Words>
+inline auto widen_int8(Words words) {
+  using Integers = typename VectorOf<int32_t, sizeof(Words)>::type;
+  const auto value = bit_cast_vector<Integers>(byte_on_top<kByte>(words)) >> 24;
+  return __builtin_convertvector(value, typename VectorOf<float, sizeof(Words)>::type);
+}
+// Exponent and mantissa go where a float has them, the exponent rebiased from 7 to 127. That is the
+// value but where the exponent is 0: there 2^-6 (m / 8), and not 2^-7 (1 + m / 8) as for a float;
+// of the two, the smaller is right everywhere. No step meets a subnormal float, which would be
+// slow, and zero where the caller flushes them. The largest magnitude alone is no number.
+template <int kByte, typename Words>
+inline auto widen_e4m3(Words words) {
+  using Floats = typename VectorOf<float, sizeof(Words)>::type;
+  const Words top = byte_on_top<kByte>(words);
+  const Words magnitude = (top >> 4) & 0x07f00000u;
+  const auto normal = bit_cast_vector<Floats>(magnitude + ((127u - 7u) << 23));
+  const auto subnormal = normal * 2.0f - 0x1p-6f;
+  const auto value = bit_cast_vector<Words>(normal < subnormal ? normal : subnormal);
+  const Words number = value | (top & 0x80000000u);
+  return bit_cast_vector<Floats>(magnitude == 0x07f00000u ? Words{} + 0x7fc00000u : number);
+}
+
+// As many bytes as there are words, sign-extended. GCC 12 would convert such
+// a vector element by element: hence the instructions by name.
+inline U32 load_bytes(const void* p) {
 #if L3EXT_VECTOR_BYTES == 64
-  return (I32)_mm512_maskz_cvtepi8_epi32(0xffff,
+  return (U32)_mm512_maskz_cvtepi8_epi32(0xffff,
                                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif L3EXT_VECTOR_BYTES == 32
-  return (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (U32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
-  I32 v;
+  U32 v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<const int8_t*>(p)[i];
   return v;
 #endif
 }
 inline Vec<float> load(const int8_t* p) {
-  return __builtin_convertvector(load_bytes(p), Vec<float>);
+  return __builtin_convertvector(bit_cast_vector<I32>(load_bytes(p)), Vec<float>);
 }
-
-// With F16C: the magnitude, where a half has its exponent and mantissa, is the value over 2^8 (the
-// biases are 7 and 15), subnormals too, and widens in one instruction. 0x7f alone is no number.
-// Without: where a float has them, and the exponent rebiased. That is the value but where the
-// exponent field is 0: there 2^-6 (m / 8), and not 2^-7 (1 + m / 8) as for a float; of the two, the
-// smaller is right everywhere. Neither meets a subnormal float, which would be slow, and zero where
-// the caller flushes them.
-inline Vec<float> load(const Float8E4M3* p) {
-#if L3EXT_VECTOR_BYTES == 64
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m128i largest = _mm_set1_epi8(0x7f);
-  const __mmask16 numbers = _mm_cmpneq_epi8_mask(_mm_and_si128(codes, largest), largest);
-  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7),
-                                          _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
-  const __m512 nan = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
-  return (Vec<float>)_mm512_mask_cvtph_ps(nan, numbers, halves) * 0x1p8f;
-#elif L3EXT_VECTOR_BYTES == 32
-  const __m128i codes =
-      _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
-  const __m128i largest = _mm_set1_epi16(0x3f80);
-  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(codes, largest), largest);
-  const __m128i halves =
-      _mm_or_si128(_mm_and_si128(codes, _mm_set1_epi16(static_cast<int16_t>(0xbf80))), nan);
-  return (Vec<float>)_mm256_cvtph_ps(halves) * 0x1p8f;
-#else
-  const I32 codes = load_bytes(p) << 20;  // the sign in bit 31
-  const I32 magnitudes = codes & 0x07f00000;
-  const Vec<float> normal = bit_cast_vector<Vec<float>>(magnitudes + ((127 - 7) << 23));
-  const Vec<float> subnormal = normal * 2.0f - 0x1p-6f;
-  const Vec<float> value = normal < subnormal ? normal : subnormal;
-  const I32 bits = bit_cast_vector<I32>(value) | (codes & std::numeric_limits<int32_t>::min());
-  return bit_cast_vector<Vec<float>>(magnitudes == 0x07f00000 ? I32{} + 0x7fc00000 : bits);
-#endif
-}
+inline Vec<float> load(const Float8E4M3* p) { return widen_e4m3<0>(load_bytes(p)); }
 
 inline void store(Vec<double> v, double* p) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(Vec<float> v, float* p) { std::memcpy(p, &v, sizeof(v)); }
@@ -285,6 +284,10 @@ inline auto widen_word(WordVector words) {
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     return bit_cast_vector<typename VectorOf<float, kBytes>::type>(
         kElement == 0 ? words << 16 : words & 0xffff0000u);
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    return widen_int8<kElement>(words);
+  } else if constexpr (std::is_same_v<T, Float8E4M3>) {
+    return widen_e4m3<kElement>(words);
   } else {
     const auto halves = __builtin_convertvector(kElement == 0 ? words & 0xffffu : words >> 16,
                                                 typename VectorOf<uint16_t, kBytes / 2>::type);
