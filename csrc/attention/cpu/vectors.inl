@@ -123,8 +123,8 @@ inline auto widen_e4m3(Words words) {
   return bit_cast_vector<Floats>(magnitude == 0x07f00000u ? Words{} + 0x7fc00000u : number);
 }
 
-// As many bytes as there are words, sign-extended. GCC 12 would convert such
-// a vector element by element: hence the instructions by name.
+// As many bytes as there are words, sign-extended. GCC 12 would convert such a vector element by
+// element: hence the instructions by name.
 inline U32 load_bytes(const void* p) {
 #if L3EXT_VECTOR_BYTES == 64
   return (U32)_mm512_maskz_cvtepi8_epi32(0xffff,
