@@ -22,12 +22,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export SKBUILD_CMAKE_DEFINE := L3EXT_CUDA=$(PACKAGE_CUDA)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help develop test test-cpp test-python cuda-all demo lint sanitize sanitize-thread bench clean
+.PHONY: help develop test test-cpp test-aarch64 test-python cuda-all demo lint sanitize sanitize-thread bench clean
 
 help:
 	@echo "make develop          set up .venv with this package, editable, and all it needs"
 	@echo "make demo             the whole main job on real text: make demo TEXT=file for your own"
 	@echo "make test             C++ and Python tests; compiles and checks the kernels where nvcc is"
+	@echo "make test-aarch64     the attention's C++ tests cross-compiled, under QEMU"
 	@echo "make cuda-all         compile the kernels for every architecture, check them (needs nvcc, no GPU)"
 	@echo "make lint             formatting, linters and type checks"
 	@echo "make sanitize         C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -78,6 +79,20 @@ else ifneq ($(CUDA),OFF)
 	$(call check_sass,build/cpp)
 endif
 
+# Attention by NEON, where the tools are: on Debian the packages g++-aarch64-linux-gnu and qemu-user.
+AARCH64_TESTS := attention_test attention_dtypes_test core_test row_kernels_test
+AARCH64_MISSING := $(foreach tool,aarch64-linux-gnu-g++ qemu-aarch64,$(if $(shell command -v $(tool)),,$(tool)))
+
+test-aarch64: $(VENV)/.cmake
+ifneq ($(strip $(AARCH64_MISSING)),)
+	@echo "no $(strip $(AARCH64_MISSING)) here: nothing was tested for aarch64"
+else
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/aarch64 -G Ninja -DL3EXT_CUDA=OFF \
+	  -DL3EXT_TESTS=ON --toolchain cmake/aarch64-linux-gnu.cmake >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/aarch64 --target $(AARCH64_TESTS)
+	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure -R "^($(subst $(space),|,$(AARCH64_TESTS)))$$"
+endif
+
 cuda-all: $(VENV)/.cmake
 	$(call configure,build/cuda-all,-DL3EXT_CUDA=ON)
 	$(call check_sass,build/cuda-all)
@@ -119,3 +134,4 @@ clean:
 	rm -rf build $(VENV) demo-out l3ext/_C.*.so *.egg-info
 
 comma := ,
+space := $(subst ,, )

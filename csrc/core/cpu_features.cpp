@@ -1,98 +1,87 @@
+// Detection alone, so that tests can put another processor in its place.
 #include "core/cpu_features.hpp"
 
 #include <cstdint>
-#include <cstdlib>
-#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
-
-#include "core/error.hpp"
 
 namespace l3ext {
-namespace {
 
 #if defined(__x86_64__)
-uint64_t read_xcr0() {
+namespace {
+
+struct Leaf {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+};
+
+// Zeros where the processor has no such leaf.
+Leaf cpuid(uint32_t leaf, uint32_t subleaf = 0) {
+  Leaf found;
+  if (!__get_cpuid_count(leaf, subleaf, &found.a, &found.b, &found.c, &found.d)) return {};
+  return found;
+}
+
+// Whether the OS saves these of the processor's register files.
+bool os_saves(uint64_t registers) {
+  if (!(cpuid(1).c & bit_OSXSAVE)) return false;
   uint32_t low = 0, high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (static_cast<uint64_t>(high) << 32) | low;
+  const uint64_t saved = (static_cast<uint64_t>(high) << 32) | low;
+  return (saved & registers) == registers;
 }
 
-CpuFeatures detect() {
-  CpuFeatures features;
-  uint32_t a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return features;
-  const bool osxsave = c & bit_OSXSAVE;
-  const bool fma = c & bit_FMA;
-  const bool f16c = c & bit_F16C;
-  if (!osxsave) return features;
-  const uint64_t xcr0 = read_xcr0();
-  const bool saves_ymm = (xcr0 & 0x6) == 0x6;
-  const bool saves_zmm = (xcr0 & 0xe6) == 0xe6;
-  const bool saves_tiles = (xcr0 & 0x60000) == 0x60000;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
-  features.avx2 = saves_ymm && fma && f16c && (b & bit_AVX2);
-  features.avx512 = features.avx2 && saves_zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) &&
-                    (b & bit_AVX512DQ) && (b & bit_AVX512VL);
-  features.amx_bf16 = saves_tiles && (d & (1u << 22));
-  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
-    features.avx512_bf16 = features.avx512 && (a & (1u << 5));
-  }
-  return features;
+bool has_avx2() {
+  const Leaf basic = cpuid(1);
+  return os_saves(0x6) && (basic.c & bit_FMA) && (basic.c & bit_F16C) && (cpuid(7).b & bit_AVX2);
 }
-#else
-CpuFeatures detect() { return {}; }
-#endif
 
-CpuIsa choose() {
-  const char* forced = std::getenv("L3EXT_CPU_ISA");
-  if (forced == nullptr || *forced == '\0') return best_cpu_isa();
-  const std::string name = forced;
-  for (CpuIsa isa : {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
-    if (name != cpu_isa_name(isa)) continue;
-    if (isa > best_cpu_isa()) {
-      throw Error(ErrorCode::kRuntime,
-                  concat("L3EXT_CPU_ISA: this processor runs at most \"",
-                         cpu_isa_name(best_cpu_isa()), "\", got \"", name, "\""));
-    }
-    return isa;
-  }
-  throw Error(
-      ErrorCode::kValue,
-      concat("L3EXT_CPU_ISA: expected \"baseline\", \"avx2\" or \"avx512\", got \"", name, "\""));
+bool has_avx512() {
+  constexpr uint32_t kNeeded = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+  return has_avx2() && os_saves(0xe6) && (cpuid(7).b & kNeeded) == kNeeded;
+}
+
+bool has_avx512_bf16() { return has_avx512() && (cpuid(7, 1).a & (1u << 5)); }
+
+// Tiles are 8 KiB of state in every context switch and signal frame: Linux gives them to a process
+// that asks, and to no other. It refuses where a signal stack would be too small.
+bool tiles_granted() {
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+
+bool has_amx() {
+  constexpr uint32_t kNeeded = (1u << 24) | (1u << 22);  // AMX-TILE, AMX-BF16
+  if (!has_avx512_bf16() || !os_saves(0x60000) || (cpuid(7).d & kNeeded) != kNeeded) return false;
+  const Leaf palette = cpuid(0x1d, 1);  // what the kernels count on: 8 tiles of 16 rows of 64 bytes
+  return (palette.b >> 16) >= 8 && (palette.b & 0xffff) >= 64 && (palette.c & 0xffff) >= 16 &&
+         tiles_granted();
 }
 
 }  // namespace
 
-const char* cpu_isa_name(CpuIsa isa) {
+bool cpu_runs(CpuIsa isa) {
   switch (isa) {
     case CpuIsa::kBaseline:
-      return "baseline";
+      return true;
     case CpuIsa::kAvx2:
-      return "avx2";
+      return has_avx2();
     case CpuIsa::kAvx512:
-      return "avx512";
+      return has_avx512();
+    case CpuIsa::kAvx512Bf16:
+      return has_avx512_bf16();
+    case CpuIsa::kAmx:
+      return has_amx();
   }
-  return "unknown";
+  return false;
 }
-
-CpuFeatures cpu_features() {
-  static const CpuFeatures features = detect();
-  return features;
-}
-
-CpuIsa best_cpu_isa() {
-  const CpuFeatures features = cpu_features();
-  if (features.avx512) return CpuIsa::kAvx512;
-  if (features.avx2) return CpuIsa::kAvx2;
-  return CpuIsa::kBaseline;
-}
-
-CpuIsa active_cpu_isa() {
-  static const CpuIsa isa = choose();
-  return isa;
-}
+#else
+bool cpu_runs(CpuIsa isa) { return isa == CpuIsa::kBaseline; }
+#endif
 
 }  // namespace l3ext

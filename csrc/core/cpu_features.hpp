@@ -1,27 +1,34 @@
-// What this processor can run, read once from cpuid and XGETBV (the OS must save the registers).
+// The instruction sets that there are kernels for, which of them this machine runs, and which one
+// the kernels use.
 #pragma once
 
-#include <string>
+#include <array>
 
 namespace l3ext {
 
-enum class CpuIsa { kBaseline, kAvx2, kAvx512 };
+// Each holds all before it. Baseline is what every processor of the architecture has: SSE2 on
+// x86-64, NEON on aarch64.
+enum class CpuIsa {
+  kBaseline,
+  kAvx2,        // AVX2, FMA, F16C
+  kAvx512,      // F, BW, DQ, VL
+  kAvx512Bf16,  // vdpbf16ps
+  kAmx,         // AMX-TILE, AMX-BF16
+};
+inline constexpr std::array kCpuIsas = {CpuIsa::kBaseline, CpuIsa::kAvx2, CpuIsa::kAvx512,
+                                        CpuIsa::kAvx512Bf16, CpuIsa::kAmx};
 
 const char* cpu_isa_name(CpuIsa isa);
 
-// The best instruction set that this machine supports and this library holds kernels for.
+// Whether the processor has it, the OS saves its registers, and, of kAmx, the kernel lets this
+// process use it: for that the first call asks, on behalf of all its threads.
+bool cpu_runs(CpuIsa isa);
+
+// The last of kCpuIsas that runs here.
 CpuIsa best_cpu_isa();
 
-// best_cpu_isa(), or what L3EXT_CPU_ISA ("baseline", "avx2", "avx512") forces; read once.
-// Throws kValue for an unknown name, kRuntime for a set this processor lacks.
+// best_cpu_isa(), or the one that the environment variable L3EXT_CPU_ISA names; read once.
+// Throws kValue for an unknown name, kRuntime for a set that does not run here.
 CpuIsa active_cpu_isa();
-
-struct CpuFeatures {
-  bool avx2 = false;    // AVX2, FMA and F16C
-  bool avx512 = false;  // F, BW, DQ, VL
-  bool avx512_bf16 = false;
-  bool amx_bf16 = false;
-};
-CpuFeatures cpu_features();
 
 }  // namespace l3ext

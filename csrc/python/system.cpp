@@ -61,14 +61,12 @@ void bind_system(py::module_& module) {
   module.attr("has_cuda") = built_with_cuda();
   module.attr("version") = L3EXT_VERSION;
   module.def("cpu_isa", [] { return cpu_isa_name(active_cpu_isa()); });
-  module.def("cpu_features", [] {
-    const CpuFeatures features = cpu_features();
-    py::dict facts;
-    facts["avx2"] = features.avx2;
-    facts["avx512"] = features.avx512;
-    facts["avx512_bf16"] = features.avx512_bf16;
-    facts["amx_bf16"] = features.amx_bf16;
-    return facts;
+  module.def("cpu_isas", [] {
+    py::list names;
+    for (const CpuIsa isa : kCpuIsas) {
+      if (cpu_runs(isa)) names.append(cpu_isa_name(isa));
+    }
+    return names;
   });
   module.def("cuda_devices", [] {
     py::list devices;

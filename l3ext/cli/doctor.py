@@ -97,13 +97,12 @@ def _processor() -> list[Fact]:
 
     from l3ext import _C
 
-    features = [name for name, present in _C.cpu_features().items() if present]
     cores = len(os.sched_getaffinity(0))
     return [
         Fact(
             "instruction sets",
-            ", ".join(features) or "none beyond the baseline",
-            f"the CPU kernels run as {_C.cpu_isa()!r}; L3EXT_CPU_ISA forces a lower set",
+            ", ".join(_C.cpu_isas()),
+            f"the CPU kernels run as {_C.cpu_isa()!r}; L3EXT_CPU_ISA forces another of these",
         ),
         Fact(
             "cores",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import l3ext
+from l3ext import _C
 from l3ext.ops import directory_attention, table_attention
 
 OFFSETS = torch.tensor([0, 2, 5])
@@ -229,14 +230,23 @@ def test_frozen_tables_get_no_gradient_and_overlap_is_fine():
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
-    [("sse9", 'expected "baseline", "avx2" or "avx512", got "sse9"')],
+    ("isa", "error", "message"),
+    [
+        ("sse9", "ValueError", 'expected one of "baseline", "avx2",'),
+        ("AVX2", "ValueError", 'got "AVX2"'),
+        *(
+            (isa, "RuntimeError", f'this machine runs at most "{_C.cpu_isas()[-1]}", got "{isa}"')
+            for isa in ("avx2", "avx512", "avx512_bf16", "amx")
+            if isa not in _C.cpu_isas()
+        ),
+    ],
 )
-def test_an_unknown_instruction_set_is_refused(value, message):
+def test_an_instruction_set_that_is_unknown_or_does_not_run_is_refused(isa, error, message):
     code = "from l3ext import ops; ops._C.cpu_isa()"
-    environment = {**os.environ, "L3EXT_CPU_ISA": value}
+    environment = {**os.environ, "L3EXT_CPU_ISA": isa}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert f"ValueError: L3EXT_CPU_ISA: {message}" in result.stderr
+    assert f"{error}: L3EXT_CPU_ISA: " in result.stderr
+    assert message in result.stderr

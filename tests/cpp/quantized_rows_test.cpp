@@ -16,9 +16,10 @@ using l3ext::Float8E4M3;
 namespace {
 
 std::vector<CpuIsa> isas() {
-  std::vector<CpuIsa> known = {CpuIsa::kBaseline};
-  if (l3ext::cpu_features().avx2) known.push_back(CpuIsa::kAvx2);
-  if (l3ext::cpu_features().avx512) known.push_back(CpuIsa::kAvx512);
+  std::vector<CpuIsa> known;
+  for (const CpuIsa isa : l3ext::kCpuIsas) {
+    if (l3ext::cpu_runs(isa)) known.push_back(isa);
+  }
   return known;
 }
 
@@ -83,8 +84,8 @@ void scores_and_sums_meet_exact_elements() {
       for (int64_t k = 0; k < depth; k += queries) {
         std::fill(x.begin(), x.end(), 0.0f);
         for (int64_t q = 0; q < queries && k + q < depth; ++q) x[q * depth + k + q] = 1;
-        kernels.pack(x.data(), queries, depth, packed.data());
-        kernels.scores({row.data(), depth, 1}, x.data(), packed.data(), queries, depth, 1.0f,
+        kernels.pack(x.data(), depth, queries, depth, packed.data());
+        kernels.scores({row.data(), depth, 1}, x.data(), depth, packed.data(), queries, depth, 1.0f,
                        nullptr, scores.data());
         for (int64_t q = 0; q < queries && k + q < depth; ++q) {
           exact = exact && scores[q] == value_of(row[k + q]);

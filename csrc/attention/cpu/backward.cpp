@@ -78,8 +78,8 @@ class Backward {
 
   // What a thread needs besides: for one unit's queries, or for a slice of a segment's rows.
   struct Work {
-    Acc* x;             // [queries, d_in]
-    Acc* dy;            // [queries, d_emb]
+    Acc* x;             // [queries, stride_]
+    Acc* dy;            // [queries, stride_]
     Acc* packed;        // one of them
     Acc* softmax_sums;  // [padded queries]
     Acc* sums;          // [queries or rows of a slice, stride_]: gradients
@@ -87,8 +87,8 @@ class Backward {
 
   Work carve_work(Carver& carver, int64_t queries) const {
     Work work;
-    work.x = carver.take<Acc>(queries * p_.d_in);
-    work.dy = carver.take<Acc>(queries * p_.d_emb);
+    work.x = carver.take<Acc>(queries * stride_);
+    work.dy = carver.take<Acc>(queries * stride_);
     work.packed = carver.take<Acc>(std::max(kernels_.packed_elements(queries, p_.d_in),
                                             kernels_.packed_elements(queries, p_.d_emb)));
     work.softmax_sums = carver.take<Acc>(kernels_.padded(queries));
@@ -214,13 +214,17 @@ class Backward {
     };
     const RowBlock<T> keys = block(p_.keys), values = block(p_.values);
     const Acc scale = static_cast<Acc>(p_.scale);
-    kernels_.load(saved.x, work.x, queries * p_.d_in);
-    kernels_.pack(work.x, queries, p_.d_in, work.packed);
-    kernels_.scores(keys, work.x, work.packed, queries, p_.d_in, scale, values.data, saved.p);
+    for (int64_t q = 0; q < queries; ++q) {
+      kernels_.load(saved.x + q * p_.d_in, work.x + q * stride_, p_.d_in);
+      kernels_.load(saved.dy + q * p_.d_emb, work.dy + q * stride_, p_.d_emb);
+    }
+    kernels_.pack(work.x, stride_, queries, p_.d_in, work.packed);
+    kernels_.scores(keys, work.x, stride_, work.packed, queries, p_.d_in, scale, values.data,
+                    saved.p);
     kernels_.exponentials(saved.p, rows, queries, work.softmax_sums);
-    kernels_.load(saved.dy, work.dy, queries * p_.d_emb);
-    kernels_.pack(work.dy, queries, p_.d_emb, work.packed);
-    kernels_.scores(values, work.dy, work.packed, queries, p_.d_emb, Acc{1}, keys.data, saved.ds);
+    kernels_.pack(work.dy, stride_, queries, p_.d_emb, work.packed);
+    kernels_.scores(values, work.dy, stride_, work.packed, queries, p_.d_emb, Acc{1}, keys.data,
+                    saved.ds);
     kernels_.softmax_backward(saved.p, work.softmax_sums, saved.ds, rows, queries, scale);
     if (!wants_dx()) return;
     std::fill_n(work.sums, queries * stride_, Acc{});
@@ -267,7 +271,7 @@ class Backward {
 
   const SegmentedAttentionBackwardParams& p_;
   const RowKernels<T>& kernels_;
-  const int64_t stride_ = sum_stride<Acc>(std::max(p_.d_in, p_.d_emb));
+  const int64_t stride_ = spread<Acc>(std::max(p_.d_in, p_.d_emb));
   std::unique_ptr<std::byte[]> workspace_;
   size_t workspace_bytes_ = 0;
 };

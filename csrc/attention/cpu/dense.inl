@@ -10,22 +10,29 @@ constexpr int kTile = L3EXT_DENSE_ACCUMULATORS;  // vectors of sums that the reg
 
 // packed[k, q] for q < padded(queries): x[q, k], zero past the queries.
 template <typename Acc>
-void pack_queries(const Acc* x, int64_t queries, int64_t depth, Acc* packed) {
+void pack_queries(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* packed) {
   constexpr int kStep = kLanes<Acc>;
   const int64_t ld = (queries + kStep - 1) / kStep * kStep;
   for (int64_t q = 0; q < queries; q += kStep) {
     const int64_t count = queries - q < kStep ? queries - q : kStep;
     for (int64_t k = 0; k < depth; k += kStep) {
       const int64_t elements = depth - k < kStep ? depth - k : kStep;
+      const Acc* from = x + q * x_stride + k;
+      Acc* to = packed + k * ld + q;
       Vec<Acc> v[kStep];
+      if (count == kStep && elements == kStep) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kStep; ++i) v[i] = load(from + i * x_stride);
+        transpose<Acc, L3EXT_VECTOR_BYTES>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < kStep; ++i) store(v[i], to + i * ld);
+        continue;
+      }
       for (int i = 0; i < kStep; ++i) {
-        const Acc* from = x + (q + i) * depth + k;
-        v[i] = i >= count          ? Vec<Acc>{}
-               : elements == kStep ? load(from)
-                                   : load_partial(from, elements);
+        v[i] = i < count ? load_partial(from + i * x_stride, elements) : Vec<Acc>{};
       }
       transpose<Acc, L3EXT_VECTOR_BYTES>(v);
-      for (int64_t i = 0; i < elements; ++i) store(v[i], packed + (k + i) * ld + q);
+      for (int64_t i = 0; i < elements; ++i) store(v[i], to + i * ld);
     }
   }
 }
@@ -88,7 +95,8 @@ inline void score_rows(const RowBlock<T>& rows, const RowBlock<T>& ahead,
                        const Accumulator<T>* packed, int64_t depth, bool first,
                        Accumulator<T> scale, Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
-  if constexpr (std::is_same_v<T, Acc>) {
+  // One vector of queries uses each element once: it must be in the first-level cache by then.
+  if constexpr (std::is_same_v<T, Acc> && kQ > 1) {
     score_tile<T, kRows, kQ>(rows.data, rows.stride, ahead, packed, depth, first, scale, scores);
   } else {
     alignas(64) Acc widened[kRows * kDepth];
@@ -102,7 +110,9 @@ inline void score_all(const RowBlock<T>& rows, const T* next, const Accumulator<
                       int64_t depth, Accumulator<T> scale, Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
   constexpr int ld = kQ * kLanes<Acc>;
-  constexpr int kMost = kTile / kQ < 16 ? kTile / kQ : 16;
+  // No more rows than a set of the first-level cache has ways: they may lie a multiple of 4 KiB
+  // apart.
+  constexpr int kMost = kTile / kQ < 12 ? kTile / kQ : 12;
   constexpr int64_t kGroup = kTilesOfGroup * kMost;
   for (int64_t group = 0; group < rows.count; group += kGroup) {
     const int64_t end = group + kGroup < rows.count ? group + kGroup : rows.count;

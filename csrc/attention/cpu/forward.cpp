@@ -48,7 +48,7 @@ class Forward {
  private:
   // A unit's working arrays.
   struct Work {
-    Acc* x;       // [queries, d_in]
+    Acc* x;       // [queries, x_stride]
     Acc* packed;  // x once more, as the kernel wants it
     Acc* scores;  // [rows, padded queries], then the softmax's numerators
     Acc* sums;    // [padded queries], of the numerators
@@ -58,7 +58,7 @@ class Forward {
   Work carve(Carver& carver, const Unit& unit) const {
     const int64_t padded = kernels_.padded(unit.queries());
     Work work;
-    work.x = carver.take<Acc>(unit.queries() * p_.d_in);
+    work.x = carver.take<Acc>(unit.queries() * x_stride_);
     work.packed = carver.take<Acc>(kernels_.packed_elements(unit.queries(), p_.d_in));
     work.scores = carver.take<Acc>(unit.rows() * padded);
     work.sums = carver.take<Acc>(padded);
@@ -146,15 +146,16 @@ class Forward {
 
   void prepare(const Unit& unit, const Work& work) const {
     for (int64_t q = 0; q < unit.queries(); ++q) {
-      queries_.load(x_row(unit.query_begin + q), work.x + q * p_.d_in, p_.d_in);
+      queries_.load(x_row(unit.query_begin + q), work.x + q * x_stride_, p_.d_in);
     }
-    kernels_.pack(work.x, unit.queries(), p_.d_in, work.packed);
+    kernels_.pack(work.x, x_stride_, unit.queries(), p_.d_in, work.packed);
     std::fill_n(work.y, unit.queries() * y_stride_, Acc{});
   }
 
   void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end) const {
-    kernels_.scores(keys(unit).part(row_begin, row_end), work.x, work.packed, unit.queries(),
-                    p_.d_in, static_cast<Acc>(p_.scale), values(unit).row(row_begin),
+    kernels_.scores(keys(unit).part(row_begin, row_end), work.x, x_stride_, work.packed,
+                    unit.queries(), p_.d_in, static_cast<Acc>(p_.scale),
+                    values(unit).row(row_begin),
                     work.scores + row_begin * kernels_.padded(unit.queries()));
     if constexpr (kQuantized) {
       multiply(scales(unit, p_.quantization->keys, /*of_values=*/false), row_begin, row_end,
@@ -241,7 +242,8 @@ class Forward {
   const SegmentedAttentionParams& p_;
   const RowKernels<T>& queries_;
   const RowKernels<Row>& kernels_;
-  const int64_t y_stride_ = sum_stride<Acc>(p_.d_emb);
+  const int64_t x_stride_ = spread<Acc>(p_.d_in);
+  const int64_t y_stride_ = spread<Acc>(p_.d_emb);
 };
 
 void check_quantization(const SegmentedAttentionParams& params) {

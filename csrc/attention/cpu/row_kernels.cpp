@@ -1,5 +1,7 @@
 #include "attention/cpu/row_kernels.hpp"
 
+#include <type_traits>
+
 namespace l3ext::cpu {
 
 // One definition per translation unit row_kernels_<isa>.cpp.
@@ -16,12 +18,23 @@ namespace avx512 {
 template <typename T>
 const RowKernels<T>& table();
 }
+// Products of bfloat16 alone; all else is that of avx512.
+namespace avx512_bf16 {
+const RowKernels<BFloat16>& table();
+}
+namespace amx {
+const RowKernels<BFloat16>& table();
+}
 #endif
 
 template <typename T>
 const RowKernels<T>& row_kernels(CpuIsa isa) {
 #if defined(__x86_64__)
-  if (isa == CpuIsa::kAvx512) return avx512::table<T>();
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (isa == CpuIsa::kAmx) return amx::table();
+    if (isa == CpuIsa::kAvx512Bf16) return avx512_bf16::table();
+  }
+  if (isa >= CpuIsa::kAvx512) return avx512::table<T>();
   if (isa == CpuIsa::kAvx2) return avx2::table<T>();
 #endif
   static_cast<void>(isa);

@@ -36,19 +36,20 @@ struct RowKernels {
   }
 
   // How scores() wants many queries: elements of the packed copy (0 where queries are few; then
-  // pack() writes nothing), and the copy itself. x: [queries, depth].
+  // pack() writes nothing), and the copy itself. x: [queries, x_stride], x_stride >= depth; fast
+  // where it is spread(depth).
   int64_t (*packed_elements)(int64_t queries, int64_t depth);
-  void (*pack)(const Acc* x, int64_t queries, int64_t depth, Acc* packed);
+  void (*pack)(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* packed);
 
-  // scores[r * padded(queries) + q] = scale * dot(x[q * depth ..], row r) over `depth` elements.
+  // scores[r * padded(queries) + q] = scale * dot(x[q * x_stride ..], row r) over `depth` elements.
   // Each product is summed in an order that depends on `depth` and `queries` alone. `next`: where
   // the thread reads on after these rows, asked for ahead; or null.
-  void (*scores)(RowBlock<T> rows, const Acc* x, const Acc* packed, int64_t queries, int64_t depth,
-                 Acc scale, const T* next, Acc* scores);
+  void (*scores)(RowBlock<T> rows, const Acc* x, int64_t x_stride, const Acc* packed,
+                 int64_t queries, int64_t depth, Acc scale, const T* next, Acc* scores);
 
   // out[i * out_stride + c] += sum over r, ascending, of
   // weights[i * output_stride + r * row_stride] * row r [c], for i < outputs and c < columns.
-  // Fast where out_stride is sum_stride(columns).
+  // Fast where out_stride is spread(columns).
   void (*accumulate)(RowBlock<T> rows, const Acc* weights, int64_t output_stride,
                      int64_t row_stride, int64_t outputs, int64_t columns, const T* next, Acc* out,
                      int64_t out_stride);
@@ -65,10 +66,10 @@ struct RowKernels {
                            Acc scale);
 };
 
-// A distance of rows of sums that is an odd number of cache lines: equal columns of many rows then
-// lie in different sets of the first-level cache.
+// A distance of rows of `columns` elements that is an odd number of cache lines: equal columns of
+// many rows then lie in different sets of the first-level cache.
 template <typename Acc>
-constexpr int64_t sum_stride(int64_t columns) {
+constexpr int64_t spread(int64_t columns) {
   constexpr int64_t kLine = 64 / sizeof(Acc);
   return ((columns + kLine - 1) / kLine | 1) * kLine;
 }

@@ -12,6 +12,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "attention/cpu/row_kernels.hpp"
@@ -37,16 +39,16 @@ int64_t packed_elements(int64_t queries, int64_t depth) {
 }
 
 template <typename Acc>
-void pack(const Acc* x, int64_t queries, int64_t depth, Acc* packed) {
-  if (queries > kFewQueries) pack_queries(x, queries, depth, packed);
+void pack(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* packed) {
+  if (queries > kFewQueries) pack_queries(x, x_stride, queries, depth, packed);
 }
 
 template <typename T>
-void scores(RowBlock<T> rows, const Accumulator<T>* x, const Accumulator<T>* packed,
-            int64_t queries, int64_t depth, Accumulator<T> scale, const T* next,
-            Accumulator<T>* out) {
+void scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride,
+            const Accumulator<T>* packed, int64_t queries, int64_t depth, Accumulator<T> scale,
+            const T* next, Accumulator<T>* out) {
   if (queries <= kFewQueries) {
-    stream_scores<T>(rows, x, queries, depth, scale, next, out);
+    stream_scores<T>(rows, x, x_stride, queries, depth, scale, next, out);
   } else {
     dense_scores<T>(rows, packed, queries, depth, scale, next, out);
   }

@@ -32,8 +32,8 @@ struct Words {
 // its segment. Blocks of rows are transposed in registers, word by word, before they are widened.
 template <typename T, int kBytes, int kQueries, bool kPrefetch>
 inline void stream_block(const T* const* rows, const T* const* ahead, int64_t count,
-                         const Accumulator<T>* x, int64_t depth, Accumulator<T> scale,
-                         Accumulator<T>* scores, int64_t ld) {
+                         const Accumulator<T>* x, int64_t x_stride, int64_t depth,
+                         Accumulator<T> scale, Accumulator<T>* scores, int64_t ld) {
   using W = Words<T, kBytes>;
   typename W::Sums sums[kQueries] = {};
   const auto multiply = [&](const typename W::Vector& word, int64_t k, int64_t elements) {
@@ -41,7 +41,7 @@ inline void stream_block(const T* const* rows, const T* const* ahead, int64_t co
       if (kElement >= elements) return;
       const typename W::Sums value = widen_word<T, kElement>(word);
 #pragma GCC unroll 4
-      for (int q = 0; q < kQueries; ++q) sums[q] += value * x[q * depth + k + kElement];
+      for (int q = 0; q < kQueries; ++q) sums[q] += value * x[q * x_stride + k + kElement];
     };
     element(std::integral_constant<int, 0>{});
     if constexpr (W::kElements >= 2) element(std::integral_constant<int, 1>{});
@@ -78,7 +78,7 @@ inline void stream_block(const T* const* rows, const T* const* ahead, int64_t co
 // Rows [first, first + count), as many as a vector of kBytes has lanes or fewer.
 template <typename T, int kBytes>
 inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count, const T* next,
-                        const Accumulator<T>* x, int64_t queries, int64_t depth,
+                        const Accumulator<T>* x, int64_t x_stride, int64_t queries, int64_t depth,
                         Accumulator<T> scale, Accumulator<T>* scores, int64_t ld) {
   constexpr int kRows = Words<T, kBytes>::kRows;
   const T* row[kRows];
@@ -90,12 +90,13 @@ inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count, c
   int64_t q = 0;
   const auto run = [&]<int kQueries>(std::integral_constant<int, kQueries>) {
     for (; q + kQueries <= queries; q += kQueries) {
-      const auto* xs = x + q * depth;
+      const auto* xs = x + q * x_stride;
       if (q == 0) {  // the first pass meets cold rows: it asks for the next ones
-        stream_block<T, kBytes, kQueries, true>(row, ahead, count, xs, depth, scale, scores, ld);
+        stream_block<T, kBytes, kQueries, true>(row, ahead, count, xs, x_stride, depth, scale,
+                                                scores, ld);
       } else {
-        stream_block<T, kBytes, kQueries, false>(row, ahead, count, xs, depth, scale, scores + q,
-                                                 ld);
+        stream_block<T, kBytes, kQueries, false>(row, ahead, count, xs, x_stride, depth, scale,
+                                                 scores + q, ld);
       }
     }
   };
@@ -105,8 +106,8 @@ inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count, c
 }
 
 template <typename T>
-void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t queries, int64_t depth,
-                   Accumulator<T> scale, const T* next, Accumulator<T>* scores) {
+void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride, int64_t queries,
+                   int64_t depth, Accumulator<T> scale, const T* next, Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
   const int64_t ld = (queries + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
   std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(Acc));
@@ -115,7 +116,8 @@ void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t queries, i
     const auto run = [&]<int kBytes>(std::integral_constant<int, kBytes>) {
       const int64_t left = rows.count - r;
       const int64_t count = left < Words<T, kBytes>::kRows ? left : Words<T, kBytes>::kRows;
-      stream_rows<T, kBytes>(rows, r, count, next, x, queries, depth, scale, scores + r * ld, ld);
+      stream_rows<T, kBytes>(rows, r, count, next, x, x_stride, queries, depth, scale,
+                             scores + r * ld, ld);
       r += count;
     };
     constexpr int kBytes = L3EXT_VECTOR_BYTES;

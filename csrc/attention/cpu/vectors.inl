@@ -75,7 +75,11 @@ inline Vec<float> load(const BFloat16* p) {
 // Of as many halves as the argument holds.
 inline auto widen_halves(typename VectorOf<uint16_t, 8>::type halves) {
   typename VectorOf<float, 16>::type v;
+#if defined(__aarch64__)
+  v = vcvt_f32_f16(bit_cast_vector<float16x4_t>(halves));
+#else
   for (int i = 0; i < 4; ++i) v[i] = half_to_float(halves[i]);
+#endif
   return v;
 }
 #if L3EXT_VECTOR_BYTES >= 32
@@ -160,6 +164,8 @@ inline void store(Vec<float> v, Float16* p) {
 #elif L3EXT_VECTOR_BYTES == 32
   const __m128i narrow = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+#elif defined(__aarch64__)
+  vst1_f16(reinterpret_cast<float16_t*>(p), vcvt_f16_f32(v));
 #else
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
 #endif
@@ -171,6 +177,8 @@ template <typename V>
 inline void keep_in_register(V& v) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
 #elif defined(__x86_64__)
   __asm__("" : "+x"(v));
 #else

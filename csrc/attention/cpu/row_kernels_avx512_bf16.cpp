@@ -1,0 +1,81 @@
+// A product of blocks with AVX512-BF16: vdpbf16ps adds two products to each of 16 lanes.
+#define L3EXT_ISA avx512_bf16
+#include <cstring>
+#include <type_traits>
+
+#include "attention/cpu/bf16_instructions.hpp"
+#include "attention/cpu/row_kernels.hpp"
+
+namespace l3ext::cpu::L3EXT_ISA {
+namespace {
+
+// kRows x 16 kVectors sums in registers: each broadcast pair of a row meets kVectors of `b`.
+template <int kRows, int kVectors>
+inline void multiply_rows(const BFloat16* a, int64_t a_stride, const BFloat16* ahead,
+                          const float* b, int64_t b_stride, int64_t depth, bool add, float* sums,
+                          int64_t sums_stride) {
+  __m512 total[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      total[r][v] = add ? _mm512_loadu_ps(sums + r * sums_stride + v * 16) : _mm512_setzero_ps();
+    }
+  }
+  constexpr int64_t kLine = 32;  // elements
+  for (int64_t first = 0; first < depth; first += kLine) {
+    for (int r = 0; ahead != nullptr && r < kRows; ++r) {
+      __builtin_prefetch(ahead + r * a_stride + first, 0, 2);
+    }
+    for (int64_t k = first; k < first + kLine; k += 2) {
+      __m512i columns[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        columns[v] = _mm512_loadu_si512(b + k / 2 * b_stride + v * 16);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * a_stride + k, sizeof(pair));
+        const __m512i row = _mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          total[r][v] = add_dot_of_pairs(total[r][v], row, columns[v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      _mm512_storeu_ps(sums + r * sums_stride + v * 16, total[r][v]);
+    }
+  }
+}
+
+// See row_kernels_bf16.inl.
+class BlockProduct {
+ public:
+  void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const BFloat16* ahead,
+                  const float* b, int64_t b_stride, int64_t columns, int64_t depth, bool add,
+                  float* sums, int64_t sums_stride) const {
+    int64_t r = 0;
+    const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+      for (; r + kRows <= rows; r += kRows) {
+        const auto multiply = columns == 32 ? multiply_rows<kRows, 2> : multiply_rows<kRows, 1>;
+        multiply(a + r * a_stride, a_stride, ahead == nullptr ? nullptr : ahead + r * a_stride, b,
+                 b_stride, depth, add, sums + r * sums_stride, sums_stride);
+      }
+    };
+    run(std::integral_constant<int, 8>{});
+    run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 1>{});
+  }
+};
+
+}  // namespace
+}  // namespace l3ext::cpu::L3EXT_ISA
+
+#include "attention/cpu/row_kernels_bf16.inl"
