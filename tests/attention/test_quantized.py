@@ -369,8 +369,7 @@ print(_C.cpu_isa())
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_that_this_machine_runs(isa):
-    features = _C.cpu_features()
-    if isa != "baseline" and not features[isa]:
+    if isa not in _C.cpu_isas():
         pytest.skip(f"this processor has no {isa}: avx kernels need one that does")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
