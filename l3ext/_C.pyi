@@ -40,6 +40,8 @@ def segmented_attention(
     num_threads: int,
     y: Any,
     queue: tuple[int, Callable[[int], Any]],
+    key_scales: Any | None = ...,
+    value_scales: Any | None = ...,
 ) -> None: ...
 def directory_attention(
     x: Any,
@@ -52,6 +54,8 @@ def directory_attention(
     num_threads: int,
     y: Any,
     queue: tuple[int, Callable[[int], Any]],
+    row_dtype: str | None = ...,
+    scale_offset: int = ...,
 ) -> None: ...
 def segmented_attention_backward(
     dy: Any,
@@ -96,6 +100,10 @@ class Table:
     def __init__(
         self, data: Any, offsets: Any, frequency: Any | None, d_in: int, tied: bool
     ) -> None: ...
+    @staticmethod
+    def quantized(
+        storage: Any, keys: Any, offsets: Any, frequency: Any | None, d_emb: int, tied: bool
+    ) -> Table: ...
     @property
     def dtype(self) -> str: ...
     @property

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from l3ext.nn import L3Layer
     from l3ext.ops import segmented_attention
     from l3ext.plans import Plan, plan
+    from l3ext.quantization import QuantizedTable, quantize_rows
     from l3ext.runtime import PrefetchRuntime, offload
     from l3ext.tables import LookupTable
 
@@ -23,10 +24,12 @@ __all__ = [
     "LookupTable",
     "Plan",
     "PrefetchRuntime",
+    "QuantizedTable",
     "allocate",
     "has_cuda",
     "offload",
     "plan",
+    "quantize_rows",
     "segmented_attention",
 ]
 
@@ -40,6 +43,8 @@ _HOMES = {
     "Plan": "l3ext.plans",
     "plan": "l3ext.plans",
     "segmented_attention": "l3ext.ops",
+    "QuantizedTable": "l3ext.quantization",
+    "quantize_rows": "l3ext.quantization",
     "PrefetchRuntime": "l3ext.runtime",
     "offload": "l3ext.runtime",
     "LookupTable": "l3ext.tables",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from l3ext.allocation import Allocation
 from l3ext.ops import segmented_attention, table_attention
 from l3ext.plans import Plan, as_ids, make_plan
+from l3ext.quantization import QuantizedTable, check_quantized_dtype, quantize_rows, row_bytes
 
 _TABLE_GONE = (
     "this layer's table has been moved out of the model by l3ext.offload: pass rows=, "
@@ -17,11 +18,17 @@ _TABLE_GONE = (
 )
 
 
+def _buffer_name(dtype: torch.dtype) -> str:
+    return f"table_{str(dtype).removeprefix('torch.')}"
+
+
 class LayerRows(Protocol):
     """One layer's rows of a step, as ``Step.wait`` of the prefetch runtime yields them."""
 
     keys: Tensor  #: [rows, d_model], may be strided
     values: Tensor  #: [rows, d_emb], may be strided
+    key_scales: Tensor | None  #: float32 [rows] of quantised rows
+    value_scales: Tensor | None
     plan: Plan  #: of the step's tokens, over these rows
 
 
@@ -45,13 +52,16 @@ class L3Layer(nn.Module):
 
     Attributes:
         table: Parameter [v, d_model + d_emb], row-interleaved keys and values ([v, d_model] if
-            tied), initialised like every linear of a Llama: normal, std 0.02. None once offloaded.
+            tied), initialised like every linear of a Llama: normal, std 0.02. None once offloaded
+            or quantised.
+        quantized: the table in 8 bits, after :meth:`quantize_`; else None.
 
     Raises:
         ValueError: a width below 1, or ``tied`` with ``d_emb != d_model``.
     """
 
     table: nn.Parameter | None
+    _quantized_dtype: torch.dtype | None
     offsets: Tensor
 
     def __init__(
@@ -86,6 +96,7 @@ class L3Layer(nn.Module):
         width = d_model if tied else d_model + d_emb
         self.norm_in = nn.RMSNorm(d_model, eps=eps, **factory)
         self.table = nn.Parameter(torch.empty(allocation.total_rows, width, **factory))
+        self._quantized_dtype = None
         self.up = nn.Linear(d_emb, d_up, bias=False, **factory)
         self.norm_out = nn.RMSNorm(d_up, eps=eps, **factory)
         self.mix = nn.Linear(d_up + d_model, d_model, bias=False, **factory)
@@ -113,17 +124,66 @@ class L3Layer(nn.Module):
         ids = as_ids(token_ids)
         return make_plan(ids, self.offsets, max_rows=self.max_rows, check_offsets=False)
 
-    def release_table(self) -> Tensor:
-        """Take the table [v, width] out of the module, which from then on needs ``rows=``."""
+    @property
+    def quantized(self) -> QuantizedTable | None:
+        """The table in 8 bits, if the layer was quantised and not offloaded."""
+        if self._quantized_dtype is None:
+            return None
+        storage = self.get_buffer(_buffer_name(self._quantized_dtype))
+        return QuantizedTable(storage, self._quantized_dtype, self.d_model, self.d_emb, self.tied)
+
+    def quantize_(self, dtype: torch.dtype = torch.int8) -> L3Layer:
+        """Store the table in 8 bits, for inference: :func:`l3ext.quantize_rows`.
+
+        ``table`` becomes None. The state dict then holds the rows and their scales as the uint8
+        tensor ``table_int8`` or ``table_float8_e4m3fn``, which a layer that was quantised to the
+        same dtype loads.
+
+        Raises:
+            TypeError: another dtype than torch.int8 and torch.float8_e4m3fn.
+            ValueError: a row with NaN or infinity; the layer is left as it was.
+            RuntimeError: the table has been quantised or offloaded already.
+        """
+        if self._quantized_dtype is not None:
+            raise RuntimeError(f"this layer's table is quantised already: {self._quantized_dtype}")
+        if self.table is None:
+            raise RuntimeError(_TABLE_GONE)
+        check_quantized_dtype(dtype)
+        if self.table.is_meta:
+            columns = row_bytes(self.d_model, self.d_emb, tied=self.tied)
+            storage = self.table.new_empty(self.table.shape[0], columns, dtype=torch.uint8)
+        else:
+            storage = quantize_rows(self.table, self.d_model, dtype, tied=self.tied).storage
+        self._set_quantized(storage, dtype)
+        self.table = None
+        return self
+
+    def release_table(self) -> Tensor | QuantizedTable:
+        """Take the table out of the module, which from then on needs ``rows=``."""
+        table: Tensor | QuantizedTable | None = self.quantized
+        if table is not None:
+            assert self._quantized_dtype is not None
+            delattr(self, _buffer_name(self._quantized_dtype))
+            self._quantized_dtype = None
+            return table
         if self.table is None:
             raise RuntimeError(_TABLE_GONE)
         table = self.table.detach()
         self.table = None
         return table
 
-    def restore_table(self, table: Tensor) -> None:
+    def restore_table(self, table: Tensor | QuantizedTable) -> None:
         """Put back what :meth:`release_table` took."""
-        self.table = nn.Parameter(table)
+        if isinstance(table, QuantizedTable):
+            self._set_quantized(table.storage, table.dtype)
+        else:
+            self.table = nn.Parameter(table)
+
+    def _set_quantized(self, storage: Tensor, dtype: torch.dtype) -> None:
+        # uint8: no cast of the module changes it. Named after the dtype, so that rows of one kind
+        # are never loaded as those of the other.
+        self.register_buffer(_buffer_name(dtype), storage)
+        self._quantized_dtype = dtype
 
     def forward(
         self,
@@ -163,18 +223,31 @@ class L3Layer(nn.Module):
     def _attend(self, q: Tensor, plan: Plan | None, rows: LayerRows | None) -> Tensor:
         # The queries take the table's dtype (under autocast they may differ), never the reverse:
         # that would copy the table.
-        if rows is not None:
-            return segmented_attention(q.to(rows.keys.dtype), rows.keys, rows.values, rows.plan)
+        source = self.quantized if rows is None else rows
+        step = plan if rows is None else rows.plan
+        assert step is not None
+        if source is not None:
+            if source.key_scales is None:
+                q = q.to(source.keys.dtype)
+            return segmented_attention(
+                q,
+                source.keys,
+                source.values,
+                step,
+                key_scales=source.key_scales,
+                value_scales=source.value_scales,
+            )
         if self.table is None:
             raise RuntimeError(_TABLE_GONE)
-        assert plan is not None
         q = q.to(self.table.dtype)
-        return table_attention(q, self.table, plan, tied=self.tied, sparse=self.sparse)
+        return table_attention(q, self.table, step, tied=self.tied, sparse=self.sparse)
 
     def extra_repr(self) -> str:
         """Sizes, as ``repr`` of the module shows them."""
         return (
             f"d_model={self.d_model}, d_emb={self.d_emb}, d_up={self.d_up}, tied={self.tied}, "
             f"vocab={self.allocation.vocab_size}, rows={self.allocation.total_rows}, "
-            f"max_rows={self.max_rows}" + (", sparse=True" if self.sparse else "")
+            f"max_rows={self.max_rows}"
+            + (", sparse=True" if self.sparse else "")
+            + (f", quantized={self._quantized_dtype}" if self._quantized_dtype else "")
         )

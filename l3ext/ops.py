@@ -16,6 +16,7 @@ from torch import Tensor
 from l3ext import _C
 from l3ext._operators import check_device, kernel, library, queue
 from l3ext.plans import Plan
+from l3ext.quantization import QUANTIZED_DTYPES, check_quantized_dtype
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,8 +49,12 @@ library.define(
     f"{_PLAN}, {_BACKWARD}) -> (Tensor, Tensor)"
 )
 library.define(
+    "quantized_attention(Tensor x, Tensor keys, Tensor values, Tensor key_scales, "
+    f"Tensor value_scales, {_PLAN}, float scale) -> Tensor"
+)
+library.define(
     f"directory_attention(Tensor x, Tensor directory, {_PLAN}, SymInt d_emb, SymInt row_stride, "
-    "SymInt value_offset, float scale) -> Tensor"
+    "SymInt value_offset, float scale, ScalarType? row_dtype=None, SymInt scale_offset=0) -> Tensor"
 )
 
 
@@ -62,10 +67,17 @@ def segmented_attention(
     scale: float = 1.0,
     *,
     sparse: bool = False,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of every position to the rows of its own token.
 
     For position i with token t: ``softmax(scale * keys[rows of t] @ x[i]) @ values[rows of t]``.
+
+    Rows may be stored in 8 bits, float8_e4m3fn or int8 (:func:`l3ext.quantize_rows`), on the CPU
+    and for inference: then row r stands for ``key_scales[r] * keys[r]`` and
+    ``value_scales[r] * values[r]``, and nothing has a gradient. A scale that is NaN makes every
+    output NaN that its row has a part in (a key's has none where its token owns one row).
 
     On CUDA: float32, bfloat16 and float16; d_in and d_emb multiples of 64 up to 8192; rows of keys
     and values aligned to 16 bytes; at most 4096 rows a token, for gradients as many as the device's
@@ -75,15 +87,17 @@ def segmented_attention(
 
     Args:
         x: [N, d_in] queries; float64 (CPU), float32, bfloat16 or float16.
-        keys: [v, d_in], dtype of ``x``. Rows may be strided: keys and values may be two views of
-            one table. ``values is keys``: a tied table.
-        values: [v, d_emb], dtype of ``x``.
+        keys: [v, d_in], dtype of ``x``, or float8_e4m3fn or int8. Rows may be strided: keys and
+            values may be two views of one table. ``values is keys``: a tied table.
+        values: [v, d_emb], dtype of ``keys``.
         plan: of the N token ids, from :func:`l3ext.plan`.
         scale: factor of the logits.
         sparse: the gradients of keys and values are sparse tensors of the rows that the step's
             tokens own, as :class:`torch.nn.Embedding` names it. Neither may be a view of a table
             then (see :func:`table_attention`), nor the code be compiled; on CUDA the backward
             pass waits once for the number of rows.
+        key_scales: float32 [v], of float8_e4m3fn and int8 rows alone; may be strided.
+        value_scales: the same for the values.
 
     Returns:
         [N, d_emb], dtype of ``x``. Sums are float32 (float64 for float64 inputs); the same bits on
@@ -95,8 +109,15 @@ def segmented_attention(
         RuntimeError: a device that this build has no kernels for.
     """
     _check_matrix(x, "x")
-    _check_matrix(keys, "keys", like=x)
-    _check_matrix(values, "values", like=x)
+    quantized = isinstance(keys, Tensor) and keys.dtype in QUANTIZED_DTYPES
+    if quantized:
+        _check_quantized(x, keys, values, key_scales, value_scales)
+    else:
+        _check_matrix(keys, "keys", like=x)
+        _check_matrix(values, "values", like=x)
+        for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+            if scales is not None:
+                raise ValueError(f"{name}: expected None for keys of {keys.dtype}, got scales")
     if x.shape[1] != keys.shape[1]:
         raise ValueError(
             f"keys: expected {x.shape[1]} columns, the width of x, got {keys.shape[1]}"
@@ -106,6 +127,10 @@ def segmented_attention(
             f"values: expected {keys.shape[0]} rows, as many as keys, got {values.shape[0]}"
         )
     _check_plan(x, plan)
+    if quantized:
+        return torch.ops.l3ext.quantized_attention(
+            x, keys, values, key_scales, value_scales, *plan._arrays(), float(scale)
+        )
     if values is keys:
         return table_attention(x, keys, plan, tied=True, scale=scale, sparse=sparse)
     if sparse:
@@ -161,6 +186,8 @@ def directory_attention(
     row_stride: int,
     value_offset: int,
     scale: float = 1.0,
+    row_dtype: torch.dtype | None = None,
+    scale_offset: int = 0,
 ) -> Tensor:
     """:func:`segmented_attention` over rows that lie anywhere: tables, caches, ring buffers.
 
@@ -176,6 +203,10 @@ def directory_attention(
         row_stride: elements from one row of a token to its next.
         value_offset: elements from the start of a row's key to its value; 0: tied.
         scale: factor of the logits.
+        row_dtype: how rows are stored, if not in ``x``'s dtype: torch.float8_e4m3fn or torch.int8,
+            on the CPU.
+        scale_offset: of such rows, bytes from the start of a row's key to its float32 scale; the
+            scale of its value comes next to it (tied: none). See :class:`l3ext.QuantizedTable`.
 
     Returns:
         [N, d_emb], dtype of ``x``; the same bits as over a table with these rows.
@@ -196,8 +227,17 @@ def directory_attention(
         if value < least:
             raise ValueError(f"{name}: expected {least} or more, got {value}")
     _check_plan(x, plan)
+    layout = (d_emb, row_stride, value_offset, float(scale))
+    if row_dtype is None or row_dtype == x.dtype:
+        if scale_offset != 0:
+            raise ValueError(f"scale_offset: expected 0 for rows of {x.dtype}, got {scale_offset}")
+        return torch.ops.l3ext.directory_attention(x, directory, *plan._arrays(), *layout)
+    check_quantized_dtype(row_dtype)
+    _check_quantized_queries(x, row_dtype)
+    if scale_offset < 1:
+        raise ValueError(f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}")
     return torch.ops.l3ext.directory_attention(
-        x, directory, *plan._arrays(), d_emb, row_stride, value_offset, float(scale)
+        x, directory, *plan._arrays(), *layout, row_dtype, scale_offset
     )
 
 
@@ -220,6 +260,41 @@ def _check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> 
             f"{argument}: expected float32, bfloat16 or float16 on {tensor.device}, got "
             "torch.float64, which only the CPU computes"
         )
+
+
+def _check_quantized(
+    x: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None
+) -> None:
+    _check_quantized_queries(x, keys.dtype)
+    if not isinstance(values, Tensor) or values.dtype != keys.dtype:
+        got = getattr(values, "dtype", type(values).__name__)
+        raise TypeError(f"values: expected {keys.dtype}, the dtype of keys, got {got}")
+    for rows, name in ((keys, "keys"), (values, "values")):
+        if rows.ndim != 2:
+            raise ValueError(f"{name}: expected a matrix, got shape {list(rows.shape)}")
+    for scales, name in ((key_scales, "key_scales"), (value_scales, "value_scales")):
+        if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
+            got = getattr(scales, "dtype", type(scales).__name__)
+            raise TypeError(f"{name}: expected torch.float32 for {keys.dtype} rows, got {got}")
+        if list(scales.shape) != [keys.shape[0]]:
+            raise ValueError(
+                f"{name}: expected shape [{keys.shape[0]}], a scale for each row of keys, got "
+                f"{list(scales.shape)}"
+            )
+    arrays = {"keys": keys, "values": values, "key_scales": key_scales}
+    for name, tensor in (arrays | {"value_scales": value_scales}).items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name}: expected device {x.device}, got {tensor.device}")
+
+
+def _check_quantized_queries(x: Tensor, row_dtype: torch.dtype) -> None:
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"x: expected float32, bfloat16 or float16 for {row_dtype} rows, whose sums are "
+            "float32, got torch.float64"
+        )
+    if x.is_cuda:
+        raise RuntimeError(f"x: expected the CPU, which {row_dtype} rows need, got {x.device}")
 
 
 def _check_plan(x: Tensor, plan: Plan) -> None:
@@ -291,12 +366,41 @@ def _table_forward_fake(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: 
     return x.new_empty(x.shape[0], d_in if tied else table.shape[1] - d_in)
 
 
+@kernel("quantized_attention")
+def _quantized_forward(
+    x: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor, value_scales: Tensor, *rest: Any
+) -> Tensor:
+    scale = rest[_PLAN_LENGTH]
+    y = x.new_empty(x.shape[0], values.shape[1])
+    operands = (_queries(x), keys.detach(), values.detach(), *_native_plan(rest))
+    _C.segmented_attention(
+        *operands,
+        scale,
+        torch.get_num_threads(),
+        y,
+        queue(x.device),
+        key_scales.detach(),
+        value_scales.detach(),
+    )
+    return y
+
+
+@torch.library.register_fake("l3ext::quantized_attention", lib=library)
+def _quantized_fake(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[1])
+
+
 @kernel("directory_attention")
 def _directory_forward(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
-    d_emb, row_stride, value_offset, scale = rest[_PLAN_LENGTH:]
+    # torch drops what equals the default.
+    d_emb, row_stride, value_offset, scale, *given = rest[_PLAN_LENGTH:]
+    row_dtype = str(given[0]).removeprefix("torch.") if given and given[0] is not None else None
+    scale_offset = given[1] if len(given) > 1 else 0
     y = x.new_empty(x.shape[0], d_emb)
     operands = (_queries(x), directory, *_native_plan(rest), row_stride, value_offset, scale)
-    _C.directory_attention(*operands, torch.get_num_threads(), y, queue(x.device))
+    _C.directory_attention(
+        *operands, torch.get_num_threads(), y, queue(x.device), row_dtype, scale_offset
+    )
     return y
 
 
@@ -462,6 +566,13 @@ def _no_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     raise RuntimeError("directory_attention: rows behind addresses have no gradient, nor has x")
 
 
+def _no_quantized_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "segmented_attention: rows of float8_e4m3fn and int8 are for inference, they have no "
+        "gradient, nor has x"
+    )
+
+
 torch.library.register_autograd(
     "l3ext::segmented_attention", _derivative, setup_context=_setup_context, lib=library
 )
@@ -469,3 +580,4 @@ torch.library.register_autograd(
     "l3ext::table_attention", _table_derivative, setup_context=_table_setup_context, lib=library
 )
 torch.library.register_autograd("l3ext::directory_attention", _no_derivative, lib=library)
+torch.library.register_autograd("l3ext::quantized_attention", _no_quantized_derivative, lib=library)

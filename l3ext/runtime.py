@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from l3ext import _C
 from l3ext.nn import L3Layer
 from l3ext.plans import Plan, as_ids, as_offsets, make_plan
+from l3ext.quantization import QuantizedTable
 from l3ext.tables import LookupTable, check_same_tables, save_tables
 
 _DIRECT_IO = {"auto": _C.DirectIo.AUTO, True: _C.DirectIo.ON, False: _C.DirectIo.OFF}
@@ -120,11 +121,16 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """One layer's rows of a step, ready for ``segmented_attention(x, keys, values, plan)``."""
+    """One layer's rows of a step, ready for ``segmented_attention(x, keys, values, plan)``.
+
+    Quantised rows come with the scales that it takes as ``key_scales`` and ``value_scales``.
+    """
 
     keys: Tensor  #: [rows, d_in], a view that may be strided; only the plan's rows are the step's
     values: Tensor  #: [rows, d_emb]; the same tensor as ``keys`` where tied
     plan: Plan
+    key_scales: Tensor | None = None  #: float32 [rows], strided
+    value_scales: Tensor | None = None
 
 
 class Step:
@@ -153,8 +159,8 @@ class Step:
         self._native.wait(layer, segment_rows)
         place = self._layers[layer]
         spill = self._native.spill(layer)
-        keys, values = (place.keys, place.values) if spill is None else place.split(spill)
-        return Rows(keys, values, self._plan.with_rows(segment_rows))
+        keys, values, *scales = place.arena if spill is None else place.split(spill)
+        return Rows(keys, values, self._plan.with_rows(segment_rows), *scales)
 
     def end(self) -> None:
         """Give the rows' memory back; fetches still on their way are cancelled. Idempotent."""
@@ -173,15 +179,22 @@ class Step:
 
 
 class _LayerViews:
-    """Keys and values of one layer's arena: made once, the same for every step."""
+    """Keys and values of one layer's arena, and their scales where the rows are quantised.
+
+    Made once, the same for every step.
+    """
 
     def __init__(self, table: _C.Table, arena: object) -> None:
-        self._d_in = table.d_in
-        self._tied = table.tied
-        self.keys, self.values = self.split(arena)
+        self._dtype, self._tied = table.dtype, table.tied
+        self._d_in, self._d_emb = table.d_in, table.d_emb
+        self.arena = self.split(arena)
 
-    def split(self, rows: object) -> tuple[Tensor, Tensor]:
+    def split(self, rows: object) -> tuple[Tensor, ...]:
         matrix = from_dlpack(rows)
+        if matrix.dtype == torch.uint8:
+            dtype = getattr(torch, self._dtype)
+            table = QuantizedTable(matrix, dtype, self._d_in, self._d_emb, self._tied)
+            return table.keys, table.values, table.key_scales, table.value_scales
         if self._tied:
             return matrix, matrix
         return matrix[:, : self._d_in], matrix[:, self._d_in :]
@@ -326,7 +339,7 @@ def offload(
     """Move a model's lookup tables out of it; ``generate`` works as before, with the same bits.
 
     Args:
-        model: with :class:`l3ext.nn.L3Layer` layers.
+        model: with :class:`l3ext.nn.L3Layer` layers; quantised ones stay so.
         tier: where the tables go: "ram" keeps them in host memory outside the model; "disk" writes
             them to ``path`` and frees their memory.
         path: of the table file, for "disk". A file that is there already must hold exactly these
@@ -358,13 +371,12 @@ def offload(
             f"{len(layers)} lookup layers and {len(runners)} modules that run them"
         )
     runner: Any = runners[0]
-    if any(layer.table is None for layer in layers):
-        raise RuntimeError("model: its tables have been offloaded already")
-    tables = [
-        LookupTable(layer.table.detach(), layer.allocation, layer.d_model, layer.tied)
-        for layer in layers
-        if layer.table is not None
-    ]
+    tables = []
+    for layer in layers:
+        rows = layer.quantized if layer.table is None else layer.table.detach()
+        if rows is None:
+            raise RuntimeError("model: its tables have been offloaded already")
+        tables.append(LookupTable(rows, layer.allocation, layer.d_model, layer.tied))
     if path is None:
         runtime = PrefetchRuntime(tables, cache_bytes=cache_bytes, **options)
     else:

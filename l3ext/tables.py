@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from l3ext import _C
+from l3ext.quantization import QuantizedTable
 
 
 class RowAllocation(Protocol):
@@ -35,22 +36,31 @@ class RowAllocation(Protocol):
 class LookupTable:
     """One layer's table in RAM, used in place and kept alive by whoever serves it."""
 
-    data: Tensor  #: [v, d_in + d_emb] keys and values row by row, [v, d_in] if tied; contiguous
+    #: [v, d_in + d_emb] keys and values row by row, [v, d_in] if tied, contiguous; or quantised,
+    #: with this d_in and tied
+    data: Tensor | QuantizedTable
     allocation: RowAllocation  #: who owns which rows
     d_in: int  #: width of the keys
     tied: bool = False  #: the values are the keys
 
     def _native(self) -> _C.Table:
-        if not isinstance(self.data, Tensor):
-            raise TypeError(f"data: expected a torch.Tensor, got {type(self.data).__name__}")
         frequency = self.allocation.frequency
-        return _C.Table(
-            self.data.detach(),
+        owners = (
             np.ascontiguousarray(self.allocation.offsets),
             None if frequency is None else np.ascontiguousarray(frequency),
-            self.d_in,
-            self.tied,
         )
+        if isinstance(self.data, QuantizedTable):
+            expected, got = (self.d_in, self.tied), (self.data.d_in, self.data.tied)
+            if expected != got:
+                raise ValueError(f"data: expected (d_in, tied) {expected}, got {got}")
+            data = self.data
+            return _C.Table.quantized(data.storage, data.keys, *owners, data.d_emb, data.tied)
+        if not isinstance(self.data, Tensor):
+            raise TypeError(
+                "data: expected a torch.Tensor or l3ext.QuantizedTable, got "
+                f"{type(self.data).__name__}"
+            )
+        return _C.Table(self.data.detach(), *owners, self.d_in, self.tied)
 
 
 def save_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> None:

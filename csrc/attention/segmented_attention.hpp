@@ -3,7 +3,10 @@
 // with t the token of the query, K_t and V_t the rows that it owns.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <optional>
 
 #include "core/dtype.hpp"
 
@@ -31,9 +34,31 @@ struct PlanView {
   int64_t max_rows = 0;         // on a device: no segment has more rows
 };
 
+// A float32 for each row, at any distance from the next.
+struct RowScales {
+  const std::byte* data = nullptr;
+  int64_t stride = 0;  // bytes from one scale to the next
+
+  float operator[](int64_t row) const {
+    float scale;
+    std::memcpy(&scale, data + row * stride, sizeof(scale));  // a directory's may lie unaligned
+    return scale;
+  }
+};
+
+// Keys and values stored in 8 bits: row r stands for its elements times its scale.
+struct Quantization {
+  DType dtype = DType::kInt8;  // or kFloat8E4M3
+  RowScales keys;              // [table_rows]
+  RowScales values;            // [table_rows]
+  // Of a directory, whose rows have their scales beside them: bytes from a row's start to the scale
+  // of its key. That of its value follows, unless value_offset is 0 (tied).
+  int64_t scale_offset = 0;
+};
+
 // What forward and backward both read.
 struct SegmentedAttentionInputs {
-  DType dtype = DType::kFloat32;  // of every matrix
+  DType dtype = DType::kFloat32;  // of every matrix, but for quantised keys and values
   Rows x;                         // [num_tokens, d_in]
   Rows keys;                      // [table_rows, d_in]
   Rows values;                    // [table_rows, d_emb]
@@ -47,6 +72,7 @@ struct SegmentedAttentionInputs {
   int64_t table_rows = 0;
   int64_t d_in = 0;
   int64_t d_emb = 0;
+  std::optional<Quantization> quantization;  // on the CPU, forward only, dtype not kFloat64
   double scale = 1.0;
   int num_threads = 1;  // on the CPU; any number gives the same bits
 };

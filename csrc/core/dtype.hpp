@@ -3,13 +3,25 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <string_view>
 #include <type_traits>
 
 #include "core/error.hpp"
 
 namespace l3ext {
 
-enum class DType : uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kUInt8 };
+enum class DType : uint8_t {
+  kFloat64,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kFloat8E4M3,
+  kInt64,
+  kInt32,
+  kInt8,
+  kUInt8,
+};
 
 // Storage only: arithmetic happens in float or double.
 struct BFloat16 {
@@ -17,6 +29,11 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
+};
+// Sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, and 0x7f and 0xff alone are NaN
+// (the "fn" of torch's float8_e4m3fn): -448 to 448.
+struct Float8E4M3 {
+  uint8_t bits;
 };
 
 constexpr size_t dtype_bytes(DType dtype) {
@@ -30,6 +47,8 @@ constexpr size_t dtype_bytes(DType dtype) {
     case DType::kBFloat16:
     case DType::kFloat16:
       return 2;
+    case DType::kFloat8E4M3:
+    case DType::kInt8:
     case DType::kUInt8:
       return 1;
   }
@@ -46,14 +65,31 @@ constexpr const char* dtype_name(DType dtype) {
       return "bfloat16";
     case DType::kFloat16:
       return "float16";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3fn";
     case DType::kInt64:
       return "int64";
     case DType::kInt32:
       return "int32";
+    case DType::kInt8:
+      return "int8";
     case DType::kUInt8:
       return "uint8";
   }
   return "unknown";
+}
+
+// Whether rows are stored in 8 bits, each half times a float32 of its own.
+constexpr bool is_quantized(DType dtype) {
+  return dtype == DType::kFloat8E4M3 || dtype == DType::kInt8;
+}
+
+// The quantised dtype of this name, if there is one.
+constexpr std::optional<DType> quantized_dtype(std::string_view name) {
+  for (const DType dtype : {DType::kFloat8E4M3, DType::kInt8}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  return std::nullopt;
 }
 
 template <typename T>
@@ -81,6 +117,20 @@ decltype(auto) dispatch_float(DType dtype, const char* argument, F&& f) {
       throw Error(ErrorCode::kType,
                   concat(argument, ": expected float64, float32, bfloat16 or float16, got ",
                          dtype_name(dtype)));
+  }
+}
+
+// Calls f(TypeTag<T>{}) with the storage type of a quantised dtype.
+template <typename F>
+decltype(auto) dispatch_quantized(DType dtype, const char* argument, F&& f) {
+  switch (dtype) {
+    case DType::kFloat8E4M3:
+      return f(TypeTag<Float8E4M3>{});
+    case DType::kInt8:
+      return f(TypeTag<int8_t>{});
+    default:
+      throw Error(ErrorCode::kType,
+                  concat(argument, ": expected float8_e4m3fn or int8, got ", dtype_name(dtype)));
   }
 }
 

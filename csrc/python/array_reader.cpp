@@ -46,6 +46,13 @@ MutableRows ArrayReader::mutable_rows(const TensorArg& tensor, const char* argum
   return {tensor->data, this->rows(tensor, argument, dtype, rows, width).stride};
 }
 
+RowScales ArrayReader::scales(const TensorArg& tensor, const char* argument, int64_t rows) const {
+  check_place(tensor.view(), argument);
+  check_dtype(tensor.view(), argument, DType::kFloat32);
+  check_shape(tensor.view(), argument, {rows});
+  return {tensor->as<const std::byte>(), tensor->strides[0] * static_cast<int64_t>(sizeof(float))};
+}
+
 PlanView ArrayReader::plan(const PlanArrays& arrays, int64_t max_rows,
                            std::optional<int64_t> table_rows) const {
   const auto& [permutation, segment_tokens, segment_queries, segment_rows, num_segments, rows,

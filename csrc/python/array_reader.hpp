@@ -42,6 +42,9 @@ class ArrayReader {
   MutableRows mutable_rows(const TensorArg& tensor, const char* argument, DType dtype, int64_t rows,
                            int64_t width) const;
 
+  // A float32 for each of `rows` rows.
+  RowScales scales(const TensorArg& tensor, const char* argument, int64_t rows) const;
+
   // A contiguous array; -1: any length.
   template <typename T>
   T* array(const TensorArg& tensor, const char* argument, DType dtype,

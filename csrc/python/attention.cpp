@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <optional>
+#include <string>
 
 #include "attention/cuda/segmented_attention.hpp"
 #include "attention/segmented_attention.hpp"
@@ -36,14 +37,22 @@ void run(const ArrayReader& read, const SegmentedAttentionBackwardParams& params
       [&](const cuda::Launch& launch) { cuda::segmented_attention_backward(params, launch); });
 }
 
+void check_quantized(const ArrayReader& read, DType dtype) {
+  if (read.on_host()) return;
+  throw Error(ErrorCode::kType, concat("keys: expected float32, bfloat16 or float16 on a CUDA "
+                                       "device, got ",
+                                       dtype_name(dtype)));
+}
+
 void read_table(SegmentedAttentionInputs& inputs, const ArrayReader& read, const TensorArg& x,
                 const TensorArg& keys, const TensorArg& values, const PlanArrays& plan,
                 int64_t max_rows) {
   inputs.dtype = x->dtype;
-  inputs.keys = read.rows(keys, "keys", inputs.dtype, -1, -1);
+  const DType rows = inputs.quantization ? inputs.quantization->dtype : inputs.dtype;
+  inputs.keys = read.rows(keys, "keys", rows, -1, -1);
   inputs.table_rows = keys->shape[0];
   inputs.d_in = keys->shape[1];
-  inputs.values = read.rows(values, "values", inputs.dtype, inputs.table_rows, -1);
+  inputs.values = read.rows(values, "values", rows, inputs.table_rows, -1);
   inputs.d_emb = values->shape[1];
   inputs.plan = read.plan(plan, max_rows, inputs.table_rows);
   inputs.x = read.rows(x, "x", inputs.dtype, inputs.plan.num_tokens, inputs.d_in);
@@ -51,9 +60,23 @@ void read_table(SegmentedAttentionInputs& inputs, const ArrayReader& read, const
 
 void forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
              const PlanArrays& plan, int64_t max_rows, double scale, int num_threads,
-             const TensorArg& y, const CudaQueue& queue) {
+             const TensorArg& y, const CudaQueue& queue, const std::optional<TensorArg>& key_scales,
+             const std::optional<TensorArg>& value_scales) {
   const ArrayReader read(x, "x");
   SegmentedAttentionParams params;
+  L3EXT_CHECK(
+      key_scales.has_value() == is_quantized(keys->dtype) &&
+          value_scales.has_value() == is_quantized(keys->dtype),
+      "key_scales, value_scales: expected them for keys of float8_e4m3fn and int8 alone, got ",
+      key_scales ? "" : "no ", "key_scales and ", value_scales ? "" : "no ",
+      "value_scales for keys of ", dtype_name(keys->dtype));
+  if (key_scales && value_scales) {
+    check_quantized(read, keys->dtype);
+    const int64_t rows = keys->ndim > 0 ? keys->shape[0] : 0;
+    params.quantization = {.dtype = keys->dtype,
+                           .keys = read.scales(*key_scales, "key_scales", rows),
+                           .values = read.scales(*value_scales, "value_scales", rows)};
+  }
   read_table(params, read, x, keys, values, plan, max_rows);
   params.scale = scale;
   params.num_threads = num_threads;
@@ -63,10 +86,19 @@ void forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
 
 void directory_forward(const TensorArg& x, const TensorArg& directory, const PlanArrays& plan,
                        int64_t max_rows, int64_t row_stride, int64_t value_offset, double scale,
-                       int num_threads, const TensorArg& y, const CudaQueue& queue) {
+                       int num_threads, const TensorArg& y, const CudaQueue& queue,
+                       const std::optional<std::string>& row_dtype, int64_t scale_offset) {
   const ArrayReader read(x, "x");
   SegmentedAttentionParams params;
   params.dtype = x->dtype;
+  if (row_dtype) {
+    const std::optional<DType> dtype = quantized_dtype(*row_dtype);
+    L3EXT_CHECK(dtype, "row_dtype: expected float8_e4m3fn or int8, got ", *row_dtype);
+    params.quantization.emplace();
+    params.quantization->dtype = *dtype;
+    params.quantization->scale_offset = scale_offset;
+    check_quantized(read, params.quantization->dtype);
+  }
   params.plan = read.plan(plan, max_rows, std::nullopt);
   params.x = read.rows(x, "x", params.dtype, params.plan.num_tokens, -1);
   params.d_in = x->shape[1];
@@ -118,10 +150,12 @@ void backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
 void bind_attention(py::module_& module) {
   module.def("segmented_attention", forward, py::arg("x"), py::arg("keys"), py::arg("values"),
              py::arg("plan"), py::arg("max_rows"), py::arg("scale"), py::arg("num_threads"),
-             py::arg("y"), py::arg("queue"));
+             py::arg("y"), py::arg("queue"), py::arg("key_scales") = py::none(),
+             py::arg("value_scales") = py::none());
   module.def("directory_attention", directory_forward, py::arg("x"), py::arg("directory"),
              py::arg("plan"), py::arg("max_rows"), py::arg("row_stride"), py::arg("value_offset"),
-             py::arg("scale"), py::arg("num_threads"), py::arg("y"), py::arg("queue"));
+             py::arg("scale"), py::arg("num_threads"), py::arg("y"), py::arg("queue"),
+             py::arg("row_dtype") = py::none(), py::arg("scale_offset") = 0);
   module.def("segmented_attention_backward", backward, py::arg("dy"), py::arg("x"), py::arg("keys"),
              py::arg("values"), py::arg("plan"), py::arg("max_rows"), py::arg("scale"),
              py::arg("num_threads"), py::arg("segment_gradients"), py::arg("dx"), py::arg("dkeys"),

@@ -41,19 +41,14 @@ std::vector<int64_t> int64_vector(const TensorArg& array, const char* argument) 
   return {array->as<int64_t>(), array->as<int64_t>() + array->shape[0]};
 }
 
-PyTable make_table(const py::object& data, const TensorArg& offsets, const py::object& frequency,
-                   int64_t d_in, bool tied) {
-  const TensorArg rows = TensorArg::from_object(data);
+// A table of this shape whose rows are those of `data`.
+PyTable table_over(const py::object& data, const TensorArg& rows, const TableShape& shape,
+                   const TensorArg& offsets, const py::object& frequency) {
   check_host(rows.view(), "data");
-  check_shape(rows.view(), "data", {-1, -1});
   check_contiguous(rows.view(), "data");
   PyTable result;
-  const int64_t width = rows->shape[1];
-  L3EXT_CHECK(tied ? d_in == width : d_in < width, "data: expected ",
-              tied ? "exactly" : "more than", " d_in = ", d_in, " columns",
-              tied ? " (tied)" : " (keys, then values)", ", got ", width);
-  result.table.shape = {rows->dtype, d_in, tied ? d_in : width - d_in, tied};
-  result.table.shape.check("table");
+  result.table.shape = shape;
+  shape.check("table");
   auto owners = std::make_shared<RowOwners>();
   owners->offsets = int64_vector(offsets, "offsets");
   if (!frequency.is_none()) {
@@ -64,6 +59,32 @@ PyTable make_table(const py::object& data, const TensorArg& offsets, const py::o
   result.table.source = std::make_shared<RamTable>(rows->data, keep(data));
   result.data = rows->data;
   return result;
+}
+
+PyTable make_table(const py::object& data, const TensorArg& offsets, const py::object& frequency,
+                   int64_t d_in, bool tied) {
+  const TensorArg rows = TensorArg::from_object(data);
+  check_shape(rows.view(), "data", {-1, -1});
+  const int64_t width = rows->shape[1];
+  L3EXT_CHECK(tied ? d_in == width : d_in < width, "data: expected ",
+              tied ? "exactly" : "more than", " d_in = ", d_in, " columns",
+              tied ? " (tied)" : " (keys, then values)", ", got ", width);
+  L3EXT_CHECK(!is_quantized(rows->dtype), "data: expected l3ext.QuantizedTable for rows of ",
+              dtype_name(rows->dtype), ", which need scales, got an array");
+  return table_over(data, rows, {rows->dtype, d_in, tied ? d_in : width - d_in, tied}, offsets,
+                    frequency);
+}
+
+// `keys`: the view of `storage` that l3ext.QuantizedTable makes, for its dtype and width.
+PyTable make_quantized_table(const py::object& storage, const TensorArg& keys,
+                             const TensorArg& offsets, const py::object& frequency, int64_t d_emb,
+                             bool tied) {
+  const TensorArg rows = TensorArg::from_object(storage);
+  check_dtype(rows.view(), "storage", DType::kUInt8);
+  check_shape(keys.view(), "keys", {-1, -1});
+  const TableShape shape = {keys->dtype, keys->shape[1], d_emb, tied};
+  check_shape(rows.view(), "storage", {keys->shape[0], shape.row_bytes()});
+  return table_over(storage, rows, shape, offsets, frequency);
 }
 
 template <typename T>
@@ -88,7 +109,8 @@ std::vector<Table> runtime_tables(const std::vector<PyTable>& tables) {
   return result;
 }
 
-// The first rows * width elements of a buffer as a DLPack capsule, which shares the ownership.
+// The first rows of a buffer as a DLPack capsule, which shares the ownership: their elements, or
+// if they are quantised their bytes.
 py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const TableShape& shape,
                          int64_t rows) {
   struct Export {
@@ -96,13 +118,18 @@ py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const TableShape&
     int64_t shape[2];
     std::shared_ptr<DeviceBuffer> buffer;
   };
-  auto* exported = new Export{{}, {rows, shape.width()}, std::move(buffer)};
+  const bool quantized = is_quantized(shape.dtype);
+  auto* exported =
+      new Export{{}, {rows, quantized ? shape.row_bytes() : shape.width()}, std::move(buffer)};
   DLTensor& tensor = exported->tensor.dl_tensor;
   tensor.data = exported->buffer->data();
   tensor.device = {kDLCPU, 0};
   tensor.ndim = 2;
-  tensor.dtype = {static_cast<uint8_t>(shape.dtype == DType::kBFloat16 ? kDLBfloat : kDLFloat),
-                  static_cast<uint8_t>(8 * dtype_bytes(shape.dtype)), 1};
+  const DLDataTypeCode code = quantized                         ? kDLUInt
+                              : shape.dtype == DType::kBFloat16 ? kDLBfloat
+                                                                : kDLFloat;
+  tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(8 * dtype_bytes(shape.dtype)),
+                  1};
   tensor.shape = exported->shape;
   exported->tensor.manager_ctx = exported;
   exported->tensor.deleter = [](DLManagedTensor* self) {
@@ -162,6 +189,8 @@ void bind_tables(py::module_& module) {
   py::class_<PyTable>(module, "Table")
       .def(py::init(&make_table), py::arg("data"), py::arg("offsets"), py::arg("frequency"),
            py::arg("d_in"), py::arg("tied"))
+      .def_static("quantized", &make_quantized_table, py::arg("storage"), py::arg("keys"),
+                  py::arg("offsets"), py::arg("frequency"), py::arg("d_emb"), py::arg("tied"))
       .def_property_readonly("dtype",
                              [](const PyTable& t) { return dtype_name(t.table.shape.dtype); })
       .def_property_readonly("d_in", [](const PyTable& t) { return t.table.shape.d_in; })

@@ -17,11 +17,13 @@ DType dtype_of(const DLDataType& type) {
     if (type.code == kDLBfloat && type.bits == 16) return DType::kBFloat16;
     if (type.code == kDLInt && type.bits == 64) return DType::kInt64;
     if (type.code == kDLInt && type.bits == 32) return DType::kInt32;
+    if (type.code == kDLFloat8_e4m3fn && type.bits == 8) return DType::kFloat8E4M3;
+    if (type.code == kDLInt && type.bits == 8) return DType::kInt8;
     if (type.code == kDLUInt && type.bits == 8) return DType::kUInt8;
   }
   fail(
-      concat("array: expected dtype float64, float32, bfloat16, float16, int64, int32 or uint8, "
-             "got DLPack code ",
+      concat("array: expected dtype float64, float32, bfloat16, float16, float8_e4m3fn, int64, "
+             "int32, int8 or uint8, got DLPack code ",
              int{type.code}, " with ", int{type.bits}, " bits"));
 }
 

@@ -222,8 +222,8 @@ DType dtype_from_safetensors(const std::string& name, const std::string& path) {
   for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     if (name == safetensors_dtype(dtype)) return dtype;
   }
-  throw Error::io(path, 0,
-                  concat("header: expected a table of F64, F32, BF16 or F16, got '", name, "'"));
+  throw Error::io(
+      path, 0, concat("header: expected a table of F64, F32, BF16, F16 or U8, got '", name, "'"));
 }
 
 }  // namespace l3ext

@@ -19,7 +19,7 @@ void RowOwners::check(int64_t total, const std::string& name) const {
 }
 
 void TableShape::check(const std::string& name) const {
-  dispatch_float(dtype, name.c_str(), [](auto) {});
+  if (!is_quantized(dtype)) dispatch_float(dtype, name.c_str(), [](auto) {});
   // The bound keeps every product of a row count and a row size far from overflow.
   constexpr int64_t kMaxColumns = int64_t{1} << 24;
   L3EXT_CHECK(d_in > 0 && d_in <= kMaxColumns, name, ".d_in: expected 1 to ", kMaxColumns, ", got ",

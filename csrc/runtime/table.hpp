@@ -63,10 +63,17 @@ struct TableShape {
   int64_t d_emb = 0;  // value columns
   bool tied = false;  // values are the keys: d_emb == d_in, stored once
   int64_t width() const { return tied ? d_in : d_in + d_emb; }
-  int64_t row_bytes() const { return width() * static_cast<int64_t>(dtype_bytes(dtype)); }
+  // A quantised row: its elements, from the next multiple of 4 bytes a float32 scale of the keys
+  // and one of the values (tied: one in all), filled up to whole 16 bytes. So a token's block stays
+  // one contiguous range with everything in it.
+  int64_t row_bytes() const {
+    if (!is_quantized(dtype)) return width() * static_cast<int64_t>(dtype_bytes(dtype));
+    return ((width() + 3) / 4 * 4 + (tied ? 4 : 8) + 15) / 16 * 16;
+  }
   bool operator==(const TableShape&) const = default;
 
-  // Throws kValue or kType unless this is a floating-point table of at least one column.
+  // Throws kValue or kType unless this is a floating-point or quantised table of at least one
+  // column.
   void check(const std::string& name) const;
 };
 

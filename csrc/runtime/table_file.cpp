@@ -35,6 +35,11 @@ uint32_t content_checksum(uint32_t crc, int64_t layer, const TableShape& shape,
   return crc32c(checksums.data(), checksums.size() * 4, crc);
 }
 
+// Of a row as the file's header describes it.
+int64_t stored_columns(const TableShape& shape) {
+  return is_quantized(shape.dtype) ? shape.row_bytes() : shape.width();
+}
+
 std::string layer_key(int64_t layer, const char* field) {
   return concat("layers.", layer, ".", field);
 }
@@ -132,7 +137,8 @@ class Opener {
     const TensorEntry& rows = tensor(key);
     const TensorEntry& checksums = tensor(layer_key(layer, "crc32c"));
     Table table;
-    table.shape.dtype = dtype_from_safetensors(rows.dtype, path_);
+    table.shape.dtype =
+        rows.dtype == "U8" ? quantized_dtype(layer) : dtype_from_safetensors(rows.dtype, path_);
     table.shape.d_in = number(layer_key(layer, "d_in"));
     table.shape.d_emb = number(layer_key(layer, "d_emb"));
     const std::string& tied = metadata(layer_key(layer, "tied"));
@@ -143,8 +149,8 @@ class Opener {
     } catch (const Error& error) {
       fail(error.what());
     }
-    if (rows.shape.size() != 2 || rows.shape[1] != table.shape.width()) {
-      fail(concat(key, ": expected shape [v, ", table.shape.width(), "]"));
+    if (rows.shape.size() != 2 || rows.shape[1] != stored_columns(table.shape)) {
+      fail(concat(key, ": expected shape [v, ", stored_columns(table.shape), "]"));
     }
     const int64_t begin = data_begin_ + rows.begin;
     if (begin % kAlignment != 0)
@@ -161,6 +167,13 @@ class Opener {
     table.owners = std::move(owners);
     table.source = std::make_shared<FileTable>(reader_, begin);
     return table;
+  }
+
+  DType quantized_dtype(int64_t layer) {
+    const std::string& name = metadata(layer_key(layer, "dtype"));
+    if (const auto dtype = l3ext::quantized_dtype(name)) return *dtype;
+    fail(concat("metadata.", layer_key(layer, "dtype"),
+                ": expected float8_e4m3fn or int8 for a table of U8, got '", name, "'"));
   }
 
   // After the checksum: what a damaged file and what a wrong writer did are told apart.
@@ -266,10 +279,12 @@ void write_table_file(const std::string& path, std::span<const TableData> tables
     checksums.push_back(block_checksums(table.data, table.shape.row_bytes(), owners));
     crc = content_checksum(crc, layer, table.shape, owners, checksums.back());
     layout.align();
-    layout.add(layer_key(layer, "table"), safetensors_dtype(table.shape.dtype),
-               {owners.total_rows(), table.shape.width()}, table.data,
+    const bool quantized = is_quantized(table.shape.dtype);
+    layout.add(layer_key(layer, "table"), quantized ? "U8" : safetensors_dtype(table.shape.dtype),
+               {owners.total_rows(), stored_columns(table.shape)}, table.data,
                owners.total_rows() * table.shape.row_bytes());
     auto& metadata = layout.header.metadata;
+    if (quantized) metadata[layer_key(layer, "dtype")] = dtype_name(table.shape.dtype);
     metadata[layer_key(layer, "d_in")] = concat(table.shape.d_in);
     metadata[layer_key(layer, "d_emb")] = concat(table.shape.d_emb);
     metadata[layer_key(layer, "tied")] = table.shape.tied ? "true" : "false";

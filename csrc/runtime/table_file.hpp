@@ -1,12 +1,14 @@
 // One file holds all tables of a model: a safetensors file (any safetensors reader opens it) in
 // which
-//   layers.{i}.table      [v, width]  row-interleaved keys and values; starts at a multiple of 4096
+//   layers.{i}.table      [v, width]  row-interleaved keys and values; starts at a multiple of
+//   4096;
+//                                     quantised: U8 [v, row_bytes], see TableShape
 //   layers.{i}.offsets    I64 [V+1]   rows of token t: offsets[t]..offsets[t+1]
 //   layers.{i}.crc32c     U32 [V]     checksum of each token's block
 //   layers.{i}.frequency  I64 [V]     where known
 //   padding.{n}           U8          what keeps the tables aligned (the format allows no holes)
-// and the metadata names the format and carries a checksum over all of that but the rows, which
-// have their own.
+// and the metadata names the format, each table's widths and the dtype of a quantised one, and
+// carries a checksum over all of that but the rows, which have their own.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +23,7 @@
 
 namespace l3ext {
 
-// A table to write: `data` holds [owners->total_rows(), shape.width()] elements in host memory.
+// A table to write: `data` holds owners->total_rows() rows of shape.row_bytes() in host memory.
 struct TableData {
   TableShape shape;
   std::shared_ptr<const RowOwners> owners;

@@ -15,7 +15,8 @@ from l3ext.bench import machine, timing
 from l3ext.bench.floors import Cost, StepShape
 from l3ext.bench.peers import PEERS, Attend
 from l3ext.bench.workload import Workload
-from l3ext.ops import table_attention, touched_rows
+from l3ext.ops import segmented_attention, table_attention, touched_rows
+from l3ext.quantization import QUANTIZED_DTYPES, QuantizedTable, quantize_rows, row_bytes
 
 REGIMES = ("forward", "backward", "decode", "plan")
 
@@ -28,7 +29,7 @@ class Options:
     """What to measure, and how much of it."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  #: of the rows, and of x where these are not quantised, else float32
     d_in: int
     d_emb: int
     tied: bool = False  #: values are the keys; d_emb is d_in then, and no peer can do it
@@ -40,6 +41,16 @@ class Options:
     budget_seconds: float = 120.0  #: of one regime at one size
     gemm_size: int = 8192  #: of the product that the flop rate is measured by
     copy_bytes: int = 1 << 30  #: of the array that the bandwidth is measured by
+
+    @property
+    def quantized(self) -> bool:
+        """Rows in 8 bits: forward, decode and plan alone, and without peers."""
+        return self.dtype in QUANTIZED_DTYPES
+
+    @property
+    def x_dtype(self) -> torch.dtype:
+        """Of x and y."""
+        return torch.float32 if self.quantized else self.dtype
 
 
 def run(
@@ -72,7 +83,7 @@ def run(
         "source": workload.source,
         "vocab_size": workload.allocation.vocab_size,
         "table_rows": workload.allocation.total_rows,
-        "table_bytes": bench.table.numel() * bench.table.itemsize,
+        "table_bytes": bench.table.nbytes,
         "d_in": options.d_in,
         "d_emb": options.d_emb,
         "tied": options.tied,
@@ -97,15 +108,11 @@ class _Bench:
         self.device = options.device
         self.clock = timing.clock_of(self.device)
         self.bandwidth = timing.bandwidth(self.device, nbytes=options.copy_bytes)
-        self.gemm = timing.gemm_rate(options.dtype, self.device, size=options.gemm_size)
+        self.gemm = timing.gemm_rate(options.x_dtype, self.device, size=options.gemm_size)
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
-        width = options.d_in if options.tied else options.d_in + options.d_emb
-        self.table = torch.empty(
-            workload.allocation.total_rows, width, dtype=options.dtype, device=self.device
-        )
-        for part in self.table.split(4096):  # drawn by parts: no second copy of it in float32
-            part.copy_(self._draw(*part.shape) * 0.03)
+        # a Tensor or a QuantizedTable
+        self.table: Any = self._draw_table(workload.allocation.total_rows)
 
     def measure(self, regime: str, size: int) -> dict[str, Any]:
         count = _GRAPH_CALLS if regime == "decode" else _STEPS
@@ -132,10 +139,7 @@ class _Bench:
                 candidates[name] = theirs
             except Exception as error:  # a peer that does not run here is a result too
                 failures[name] = _reason(error)
-        tied = self.options.tied
-        floor = self._floor(
-            [shape.forward(*self._sizes(), tied=tied) for shape in self._shapes(steps)]
-        )
+        floor = self._forward_floor(steps)
         return _described(self._time(candidates), {"": floor}, differences, failures)
 
     def _backward(self, steps: list[Tensor]) -> dict[str, Any]:
@@ -222,11 +226,7 @@ class _Bench:
             return functools.partial(attends[i], x[i], self.table)
 
         times |= self._time({"l3ext, by itself": single}, ahead=False)
-        tied = self.options.tied
-        floor = self._floor(
-            [shape.forward(*self._sizes(), tied=tied) for shape in self._shapes(steps)]
-        )
-        return _described(times, {"": floor}, {}, {})
+        return _described(times, {"": self._forward_floor(steps)}, {}, {})
 
     def _plan(self, steps: list[Tensor]) -> dict[str, Any]:
         calls = [functools.partial(self._plan_of, step) for step in steps]
@@ -239,7 +239,23 @@ class _Bench:
     # --- parts ------------------------------------------------------------------------------------
     def _draw(self, rows: int, columns: int) -> Tensor:
         drawn = torch.randn(rows, columns, generator=self.generator, device=self.device)
-        return drawn.to(self.options.dtype)
+        return drawn.to(self.options.x_dtype)
+
+    def _draw_table(self, rows: int) -> Tensor | QuantizedTable:
+        """Drawn by parts: no second copy of it in float32."""
+        d_in, d_emb, dtype = self.options.d_in, self.options.d_emb, self.options.dtype
+        tied = self.options.tied
+        width = d_in if tied else d_in + d_emb
+        if not self.options.quantized:
+            table = torch.empty(rows, width, dtype=dtype, device=self.device)
+            for part in table.split(4096):
+                part.copy_(self._draw(*part.shape) * 0.03)
+            return table
+        storage = torch.empty(rows, row_bytes(d_in, d_emb, tied=tied), dtype=torch.uint8)
+        for part in storage.split(4096):
+            drawn = self._draw(len(part), width) * 0.03
+            part.copy_(quantize_rows(drawn, d_in, dtype, tied=tied).storage)
+        return QuantizedTable(storage, dtype, d_in, d_emb, tied)
 
     def _plan_of(self, step: Tensor) -> l3ext.Plan:
         return l3ext.plan(step, self.offsets, max_rows=self.workload.allocation.max_rows)
@@ -247,7 +263,16 @@ class _Bench:
     def _ours(self, step: Tensor, *, sparse: bool = False) -> Attend:
         plan = self._plan_of(step)
         tied = self.options.tied
-        return lambda x, table: table_attention(x, table, plan, tied=tied, sparse=sparse)
+
+        def attend(x: Tensor, table: Any) -> Tensor:
+            if isinstance(table, QuantizedTable):
+                scales = (table.key_scales, table.value_scales)
+                return segmented_attention(
+                    x, table.keys, table.values, plan, key_scales=scales[0], value_scales=scales[1]
+                )
+            return table_attention(x, table, plan, tied=tied, sparse=sparse)
+
+        return attend
 
     def _packed_backward(self, step: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         plan = self._plan_of(step)
@@ -266,11 +291,16 @@ class _Bench:
         return [StepShape.of(step, self.offsets) for step in steps]
 
     def _sizes(self) -> tuple[int, int, int]:
-        return self.options.d_in, self.options.d_emb, self.options.dtype.itemsize
+        return self.options.d_in, self.options.d_emb, self.options.x_dtype.itemsize
 
     def _forward_floor(self, steps: list[Tensor]) -> dict[str, float]:
-        sizes, tied = self._sizes(), self.options.tied
-        return self._floor([shape.forward(*sizes, tied=tied) for shape in self._shapes(steps)])
+        row_itemsize, tied = self.options.dtype.itemsize, self.options.tied
+        return self._floor(
+            [
+                shape.forward(*self._sizes(), row_itemsize, tied=tied)
+                for shape in self._shapes(steps)
+            ]
+        )
 
     def _floor(self, costs: list[Cost]) -> dict[str, float]:
         """Of the steps' mean cost, seconds by bytes and by flops."""

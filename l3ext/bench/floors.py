@@ -55,16 +55,29 @@ class StepShape:
             pairs=int(queries_rows[~single].sum()),
         )
 
-    def forward(self, d_in: int, d_emb: int, itemsize: int, *, tied: bool = False) -> Cost:
+    def forward(
+        self,
+        d_in: int,
+        d_emb: int,
+        itemsize: int,
+        row_itemsize: int | None = None,
+        *,
+        tied: bool = False,
+    ) -> Cost:
         """Reads the distinct tokens' rows and x once, writes y once.
 
         Args:
+            d_in: width of queries and keys.
+            d_emb: width of values.
+            itemsize: bytes of an element of x and y.
+            row_itemsize: bytes of an element of a row, if not as many.
             tied: rows are keys and values in one, as wide as either.
         """
         keys = 0 if tied else self.rows - self.single_rows
-        elements = (keys + self.tokens - self.single_tokens) * d_in
-        elements += (self.rows + self.tokens) * d_emb
-        return Cost(elements * itemsize, 2 * self.pairs * (d_in + d_emb))
+        rows = keys * d_in + self.rows * d_emb
+        queries = (self.tokens - self.single_tokens) * d_in + self.tokens * d_emb
+        nbytes = rows * (row_itemsize or itemsize) + queries * itemsize
+        return Cost(nbytes, 2 * self.pairs * (d_in + d_emb))
 
     def backward(
         self, d_in: int, d_emb: int, itemsize: int, gradient_rows: int, *, tied: bool = False

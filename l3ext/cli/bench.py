@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure kernels and runtime on this machine.", no_args_is_help=True)
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "float8_e4m3fn")
+_QUANTIZED = ("int8", "float8_e4m3fn")
 # Sizes that a machine's memory and patience allow.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -80,7 +81,11 @@ def attention(
         bool, typer.Option("--tied", help="Values are the keys, and as wide; without peers.")
     ] = False,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16, float16 or float64; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="float32, bfloat16, float16 or float64; of rows alone int8 or float8_e4m3fn, on "
+            "the CPU, without backward and peers; repeatable."
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None, typer.Option(help="A peer by name, repeatable; 'none' for none.")
@@ -120,6 +125,11 @@ def attention(
     _check_names("--regime", regimes, REGIMES)
     dtypes = dtype or defaults["dtype"]
     _check_names("--dtype", dtypes, _DTYPES)
+    for name in dtypes:
+        if name in _QUANTIZED and place.type == "cuda":
+            raise ValueError(f"--dtype {name}: rows in 8 bits need the CPU, got --device {device}")
+        if name in _QUANTIZED and regime and "backward" in regime:
+            raise ValueError(f"--regime backward: --dtype {name} has no gradient")
     sizes, batches = num_tokens or defaults["num_tokens"], batch or defaults["batch"]
     count = defaults["runs"] if runs is None else runs
     for option, values in (("--num-tokens", sizes), ("--batch", batches), ("--runs", [count])):
@@ -145,10 +155,10 @@ def attention(
             d_in=width,
             d_emb=value_width,
             tied=tied,
-            regimes=regimes,
+            regimes=[r for r in regimes if name not in _QUANTIZED or r != "backward"],
             num_tokens=sizes,
             batches=batches,
-            peers=peers,
+            peers=[] if name in _QUANTIZED else peers,
             runs=count,
             budget_seconds=budget,
             gemm_size=defaults["gemm_size"],

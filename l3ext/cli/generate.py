@@ -13,6 +13,7 @@ from l3ext.cli._output import JsonOption, parse_bytes, print_json, remark
 
 TIERS = ("none", "ram", "disk")
 TABLE_FILE = "l3_tables.safetensors"
+TABLE_DTYPES = ("int8", "float8_e4m3fn")
 
 
 def generate(
@@ -30,6 +31,10 @@ def generate(
             "checkpoint's l3_tables.safetensors."
         ),
     ] = None,
+    table_dtype: Annotated[
+        str | None,
+        typer.Option(help="Store the tables' rows in 8 bits: int8 or float8_e4m3fn; on the CPU."),
+    ] = None,
     cache_bytes: Annotated[
         str, typer.Option(help="Rows of the most frequent tokens that stay, such as 64MiB.")
     ] = "0",
@@ -41,6 +46,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt; the text is the same wherever the tables live.
+
+    With --table-dtype it is that of the quantised tables, wherever these live.
 
     The text streams to stdout; speed and exposed fetch time go to stderr.
 
@@ -56,6 +63,12 @@ def generate(
         raise ValueError(f"--path: is the table file of --tier disk, got --tier {tier}")
     if temperature <= 0:
         raise ValueError(f"--temperature: expected a number > 0, got {temperature}")
+    if table_dtype is not None and table_dtype not in TABLE_DTYPES:
+        raise ValueError(
+            f"--table-dtype: expected one of {', '.join(TABLE_DTYPES)}, got {table_dtype!r}"
+        )
+    if table_dtype is not None and device != "cpu":
+        raise ValueError(f"--table-dtype: rows in 8 bits need the CPU, got --device {device}")
     cache = parse_bytes(cache_bytes)
     text = sys.stdin.read() if prompt == "-" else prompt
 
@@ -71,6 +84,14 @@ def generate(
     ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
     if ids.shape[1] == 0:
         raise ValueError("--prompt: expected some text, got none")
+    if table_dtype is not None:
+        from l3ext.nn import L3Layer
+
+        layers = [module for module in model.modules() if isinstance(module, L3Layer)]
+        if not layers:
+            raise ValueError(f"--table-dtype: {directory} holds a model without lookup layers")
+        for layer in layers:
+            layer.quantize_(getattr(torch, table_dtype))
     runtime = None
     if tier != "none":
         import l3ext
@@ -105,6 +126,7 @@ def generate(
     result: dict[str, Any] = {
         "checkpoint": str(directory),
         "tier": tier,
+        "table_dtype": table_dtype,
         "prompt": text,
         "text": tokenizer.decode(new),
         "ids": new,

@@ -75,8 +75,13 @@ class L3LlamaPreTrainedModel(LlamaPreTrainedModel):
         return super().from_pretrained(path, *args, config=config, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As transformers'. A model whose tables were moved out has nothing whole to save."""
+        """As transformers'. A model without its whole, exact tables has nothing to save."""
         for name, module in self.named_modules():
+            if isinstance(module, L3Layer) and module.quantized is not None:
+                raise RuntimeError(
+                    f"{name}: its table has been quantised, which a checkpoint does not hold; "
+                    "save the model before, and quantise it after loading"
+                )
             if isinstance(module, L3Layer) and module.table is None:
                 raise RuntimeError(
                     f"{name}: its table has been moved out of the model by l3ext.offload; "

@@ -100,6 +100,21 @@ def test_the_text_is_the_same_in_every_tier(run_directory, tmp_path):
     assert table_file.stat().st_size > 0
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_the_text_of_quantised_tables_is_the_same_in_every_tier(run_directory, dtype, tmp_path):
+    choice = ("--table-dtype", dtype)
+    tiers = [
+        generate(run_directory, *choice),
+        generate(run_directory, *choice, "--tier", "disk", "--path", tmp_path / "tables"),
+    ]
+    assert tiers[0]["ids"] == tiers[1]["ids"]
+    assert tiers[0]["table_dtype"] == dtype
+    exact = ("generate", run_directory, "--prompt", "the", "--tier", "disk")
+    result = invoke(*exact, "--path", tmp_path / "tables")
+    assert result.exit_code == 2
+    assert f"dtype: expected float32, the file has {dtype}" in result.stderr
+
+
 def test_disk_without_path_keeps_the_table_beside_the_model(run_directory, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run_directory, copy)
@@ -126,6 +141,14 @@ def test_generate_streams_text_and_remarks_on_stderr(run_directory):
         (("--tier", "moon"), "--tier: expected one of none, ram, disk, got 'moon'"),
         (("--path", "x"), "--path: is the table file of --tier disk, got --tier none"),
         (("--cache-bytes", "lots"), "expected a size such as 64MiB"),
+        (
+            ("--table-dtype", "int4"),
+            "--table-dtype: expected one of int8, float8_e4m3fn, got 'int4'",
+        ),
+        (
+            ("--table-dtype", "int8", "--device", "cuda"),
+            "--table-dtype: rows in 8 bits need the CPU",
+        ),
         (("--temperature", 0), "--temperature: expected a number > 0"),
         (("--prompt", ""), "--prompt: expected some text"),
     ],

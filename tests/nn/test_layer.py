@@ -65,6 +65,7 @@ def test_a_shared_plan_and_fetched_rows_give_the_same_bits():
 
     class Rows:
         keys, values = table[:, :16], table[:, 16:]
+        key_scales = value_scales = None
 
     Rows.plan = plan
     assert layer.table is None

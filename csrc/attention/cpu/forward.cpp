@@ -2,7 +2,9 @@
 // parallel; where there are too few of them, the rows and then the columns of a unit are shared.
 // Memory-bound while segments have few queries, FMA-bound beyond.
 #include <algorithm>
+#include <cstddef>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "attention/cpu/row_kernels.hpp"
@@ -15,13 +17,19 @@ namespace l3ext {
 namespace cpu {
 namespace {
 
-template <typename T>
+// T: x and y. Row: how keys and values are stored; where not as T, with a scale for each: the keys'
+// multiplies the score of its row, the values' the softmax weight. So quantised rows are exact, and
+// widened nowhere but on the way to the registers.
+template <typename T, typename Row>
 class Forward {
  public:
   using Acc = Accumulator<T>;
+  static constexpr bool kQuantized = !std::is_same_v<T, Row>;
 
   explicit Forward(const SegmentedAttentionParams& params)
-      : p_(params), kernels_(row_kernels<T>(active_cpu_isa())) {}
+      : p_(params),
+        queries_(row_kernels<T>(active_cpu_isa())),
+        kernels_(row_kernels<Row>(active_cpu_isa())) {}
 
   void run() {
     const std::vector<Unit> units = make_units(p_.plan, kernels_.query_lanes, kernels_.query_block);
@@ -65,22 +73,41 @@ class Forward {
     return static_cast<T*>(p_.y.data) + p_.plan.permutation[q] * p_.y.stride;
   }
 
-  RowBlock<T> keys(const Unit& unit) const {
+  RowBlock<Row> keys(const Unit& unit) const {
     if (p_.directory != nullptr) {
       // NOLINTNEXTLINE(performance-no-int-to-ptr): a directory holds addresses.
       const auto* first =
-          reinterpret_cast<const T*>(p_.directory[p_.plan.segment_tokens[unit.segment]]);
+          reinterpret_cast<const Row*>(p_.directory[p_.plan.segment_tokens[unit.segment]]);
       return {first, p_.keys.stride, unit.rows()};
     }
-    return {static_cast<const T*>(p_.keys.data) + unit.row_begin * p_.keys.stride, p_.keys.stride,
+    return {static_cast<const Row*>(p_.keys.data) + unit.row_begin * p_.keys.stride, p_.keys.stride,
             unit.rows()};
   }
-  RowBlock<T> values(const Unit& unit) const {
+  RowBlock<Row> values(const Unit& unit) const {
     if (p_.directory != nullptr) {
       return {keys(unit).data + p_.value_offset, p_.values.stride, unit.rows()};
     }
-    return {static_cast<const T*>(p_.values.data) + unit.row_begin * p_.values.stride,
+    return {static_cast<const Row*>(p_.values.data) + unit.row_begin * p_.values.stride,
             p_.values.stride, unit.rows()};
+  }
+
+  // The scales of a unit's rows, from its first on.
+  RowScales scales(const Unit& unit, const RowScales& table, bool of_values) const {
+    if (p_.directory == nullptr) {
+      return {table.data + unit.row_begin * table.stride, table.stride};
+    }
+    const int64_t second = of_values && p_.value_offset > 0 ? sizeof(float) : 0;
+    const auto* row = reinterpret_cast<const std::byte*>(keys(unit).data);
+    return {row + p_.quantization->scale_offset + second, p_.keys.stride};
+  }
+
+  // weights[row, all queries] *= scales[row], for rows row_begin to row_end.
+  void multiply(const RowScales& scales, int64_t row_begin, int64_t row_end, int64_t padded,
+                Acc* weights) const {
+    for (int64_t r = row_begin; r < row_end; ++r) {
+      const float scale = scales[r];
+      for (int64_t q = 0; q < padded; ++q) weights[r * padded + q] *= scale;
+    }
   }
 
   // No rows: the empty sum. One row: its weight is 1 whatever the key, so no key is read.
@@ -90,20 +117,36 @@ class Forward {
       if (unit.rows() == 0) {
         std::fill_n(y_row(q), p_.d_emb, T{});
       } else {
-        std::copy_n(values(unit).data, p_.d_emb, y_row(q));
+        copy_value(unit, y_row(q));
       }
     }
     return true;
   }
 
+  void copy_value(const Unit& unit, T* y) const {
+    const Row* value = values(unit).data;
+    if constexpr (kQuantized) {
+      constexpr int64_t kPart = 256;
+      const Acc scale = scales(unit, p_.quantization->values, /*of_values=*/true)[0];
+      Acc widened[kPart];
+      for (int64_t c = 0; c < p_.d_emb; c += kPart) {
+        const int64_t count = std::min(kPart, p_.d_emb - c);
+        kernels_.load(value + c, widened, count);
+        queries_.store(widened, scale, y + c, count);
+      }
+    } else {
+      std::copy_n(value, p_.d_emb, y);
+    }
+  }
+
   // The row that a unit reads first.
-  const T* first_row(const Unit& unit) const {
+  const Row* first_row(const Unit& unit) const {
     return unit.rows() == 1 ? values(unit).data : keys(unit).data;
   }
 
   void prepare(const Unit& unit, const Work& work) const {
     for (int64_t q = 0; q < unit.queries(); ++q) {
-      kernels_.load(x_row(unit.query_begin + q), work.x + q * x_stride_, p_.d_in);
+      queries_.load(x_row(unit.query_begin + q), work.x + q * x_stride_, p_.d_in);
     }
     kernels_.pack(work.x, x_stride_, unit.queries(), p_.d_in, work.packed);
     std::fill_n(work.y, unit.queries() * y_stride_, Acc{});
@@ -114,22 +157,34 @@ class Forward {
                     unit.queries(), p_.d_in, static_cast<Acc>(p_.scale),
                     values(unit).row(row_begin),
                     work.scores + row_begin * kernels_.padded(unit.queries()));
+    if constexpr (kQuantized) {
+      multiply(scales(unit, p_.quantization->keys, /*of_values=*/false), row_begin, row_end,
+               kernels_.padded(unit.queries()), work.scores);
+    }
+  }
+
+  void normalise(const Unit& unit, const Work& work) const {
+    kernels_.exponentials(work.scores, unit.rows(), unit.queries(), work.sums);
+    if constexpr (kQuantized) {
+      multiply(scales(unit, p_.quantization->values, /*of_values=*/true), 0, unit.rows(),
+               kernels_.padded(unit.queries()), work.scores);
+    }
   }
 
   // `next_row`: where the thread reads on after this unit, or null.
   void sum_values(const Unit& unit, const Work& work, int64_t column, int64_t columns,
-                  const T* next_row) const {
-    RowBlock<T> block = values(unit);
+                  const Row* next_row) const {
+    RowBlock<Row> block = values(unit);
     block.data += column;
     kernels_.accumulate(block, work.scores, 1, kernels_.padded(unit.queries()), unit.queries(),
                         columns, next_row, work.y + column, y_stride_);
     for (int64_t q = 0; q < unit.queries(); ++q) {
-      kernels_.store(work.y + q * y_stride_ + column, Acc{1} / work.sums[q],
+      queries_.store(work.y + q * y_stride_ + column, Acc{1} / work.sums[q],
                      y_row(unit.query_begin + q) + column, columns);
     }
   }
 
-  void run_unit(const Unit& unit, const T* next_row) const {
+  void run_unit(const Unit& unit, const Row* next_row) const {
     if (run_trivial(unit)) return;
     Carver sizes;
     carve(sizes, unit);
@@ -137,7 +192,7 @@ class Forward {
     const Work work = carve(carver, unit);
     prepare(unit, work);
     score(unit, work, 0, unit.rows());
-    kernels_.exponentials(work.scores, unit.rows(), unit.queries(), work.sums);
+    normalise(unit, work);
     sum_values(unit, work, 0, p_.d_emb, next_row);
   }
 
@@ -175,8 +230,7 @@ class Forward {
       score(units[rows[i].unit], work[rows[i].unit], rows[i].begin, rows[i].end);
     });
     for (size_t u = 0; u < units.size(); ++u) {
-      if (units[u].rows() <= 1) continue;
-      kernels_.exponentials(work[u].scores, units[u].rows(), units[u].queries(), work[u].sums);
+      if (units[u].rows() > 1) normalise(units[u], work[u]);
     }
     const auto columns = slice(units, kColumnSlice, [&](const Unit&) { return p_.d_emb; });
     parallel_for(p_.num_threads, static_cast<int64_t>(columns.size()), [&](int64_t i) {
@@ -186,10 +240,27 @@ class Forward {
   }
 
   const SegmentedAttentionParams& p_;
-  const RowKernels<T>& kernels_;
+  const RowKernels<T>& queries_;
+  const RowKernels<Row>& kernels_;
   const int64_t x_stride_ = spread<Acc>(p_.d_in);
   const int64_t y_stride_ = spread<Acc>(p_.d_emb);
 };
+
+void check_quantization(const SegmentedAttentionParams& params) {
+  if (params.dtype != DType::kFloat64) return;
+  throw Error(ErrorCode::kType, concat("x: expected float32, bfloat16 or float16 for rows of ",
+                                       dtype_name(params.quantization->dtype), ", got float64"));
+}
+
+template <typename T>
+void run_forward(const SegmentedAttentionParams& params) {
+  if (!params.quantization) {
+    Forward<T, T>(params).run();
+  } else if constexpr (!std::is_same_v<T, double>) {
+    dispatch_quantized(params.quantization->dtype, "keys",
+                       [&](auto tag) { Forward<T, typename decltype(tag)::type>(params).run(); });
+  }
+}
 
 }  // namespace
 }  // namespace cpu
@@ -199,8 +270,9 @@ void segmented_attention(const SegmentedAttentionParams& params) {
   cpu::check_plan(params.plan, anywhere ? std::numeric_limits<int64_t>::max() : params.table_rows,
                   /*disjoint_rows=*/false);
   if (anywhere) cpu::check_directory(params);
+  if (params.quantization) cpu::check_quantization(params);
   dispatch_float(params.dtype, "x",
-                 [&](auto tag) { cpu::Forward<typename decltype(tag)::type>(params).run(); });
+                 [&](auto tag) { cpu::run_forward<typename decltype(tag)::type>(params); });
 }
 
 }  // namespace l3ext

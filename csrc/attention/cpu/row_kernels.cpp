@@ -45,5 +45,7 @@ template const RowKernels<double>& row_kernels(CpuIsa);
 template const RowKernels<float>& row_kernels(CpuIsa);
 template const RowKernels<BFloat16>& row_kernels(CpuIsa);
 template const RowKernels<Float16>& row_kernels(CpuIsa);
+template const RowKernels<Float8E4M3>& row_kernels(CpuIsa);
+template const RowKernels<int8_t>& row_kernels(CpuIsa);
 
 }  // namespace l3ext::cpu

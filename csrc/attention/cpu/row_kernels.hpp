@@ -55,7 +55,7 @@ struct RowKernels {
                      int64_t out_stride);
 
   void (*load)(const T* from, Acc* to, int64_t count);
-  // Multiplies by `factor` and rounds to nearest even.
+  // Multiplies by `factor` and rounds to nearest even. Null for quantised rows: nobody writes them.
   void (*store)(const Acc* from, Acc factor, T* to, int64_t count);
 
   // scores = exp(scores - the largest of their query); sums[q]: the sum over rows.

@@ -62,6 +62,14 @@ void accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_
   sum(rows, weights, output_stride, row_stride, outputs, columns, next, out, out_stride);
 }
 
+// Quantised rows are read and never written.
+template <typename T>
+constexpr auto kStored = store_row<T>;
+template <>
+constexpr decltype(RowKernels<int8_t>::store) kStored<int8_t> = nullptr;
+template <>
+constexpr decltype(RowKernels<Float8E4M3>::store) kStored<Float8E4M3> = nullptr;
+
 }  // namespace
 
 template <typename T>
@@ -75,7 +83,7 @@ const RowKernels<T>& table() {
       .scores = scores<T>,
       .accumulate = accumulate<T>,
       .load = load_row<T>,
-      .store = store_row<T>,
+      .store = kStored<T>,
       .exponentials = exponentials<Acc>,
       .softmax_backward = softmax_backward<Acc>,
   };
@@ -86,5 +94,7 @@ template const RowKernels<double>& table();
 template const RowKernels<float>& table();
 template const RowKernels<BFloat16>& table();
 template const RowKernels<Float16>& table();
+template const RowKernels<Float8E4M3>& table();
+template const RowKernels<int8_t>& table();
 
 }  // namespace l3ext::cpu::L3EXT_ISA

@@ -45,6 +45,10 @@ inline void stream_block(const T* const* rows, const T* const* ahead, int64_t co
     };
     element(std::integral_constant<int, 0>{});
     if constexpr (W::kElements >= 2) element(std::integral_constant<int, 1>{});
+    if constexpr (W::kElements >= 4) {
+      element(std::integral_constant<int, 2>{});
+      element(std::integral_constant<int, 3>{});
+    }
   };
   typename W::Vector block[W::kRows];
   int64_t k = 0;

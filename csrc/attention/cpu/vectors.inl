@@ -96,6 +96,56 @@ inline auto widen_halves(typename VectorOf<uint16_t, 32>::type halves) {
 #endif
 inline Vec<float> load(const Float16* p) { return widen_halves(load_raw<U16>(p)); }
 
+// Of every word, byte number kByte as the highest one.
+template <int kByte, typename Words>
+inline Words byte_on_top(Words words) {
+  if constexpr (kByte == 3) {
+    return words;
+  } else {
+    return words << (24 - 8 * kByte);
+  }
+}
+template <int kByte, typename Words>
+inline auto widen_int8(Words words) {
+  using Integers = typename VectorOf<int32_t, sizeof(Words)>::type;
+  const auto value = bit_cast_vector<Integers>(byte_on_top<kByte>(words)) >> 24;
+  return __builtin_convertvector(value, typename VectorOf<float, sizeof(Words)>::type);
+}
+// Exponent and mantissa go where a float has them, the exponent rebiased from 7 to 127. That is the
+// value but where the exponent is 0: there 2^-6 (m / 8), and not 2^-7 (1 + m / 8) as for a float;
+// of the two, the smaller is right everywhere. No step meets a subnormal float, which would be
+// slow, and zero where the caller flushes them. The largest magnitude alone is no number.
+template <int kByte, typename Words>
+inline auto widen_e4m3(Words words) {
+  using Floats = typename VectorOf<float, sizeof(Words)>::type;
+  const Words top = byte_on_top<kByte>(words);
+  const Words magnitude = (top >> 4) & 0x07f00000u;
+  const auto normal = bit_cast_vector<Floats>(magnitude + ((127u - 7u) << 23));
+  const auto subnormal = normal * 2.0f - 0x1p-6f;
+  const auto value = bit_cast_vector<Words>(normal < subnormal ? normal : subnormal);
+  const Words number = value | (top & 0x80000000u);
+  return bit_cast_vector<Floats>(magnitude == 0x07f00000u ? Words{} + 0x7fc00000u : number);
+}
+
+// As many bytes as there are words, sign-extended. GCC 12 would convert such a vector element by
+// element: hence the instructions by name.
+inline U32 load_bytes(const void* p) {
+#if L3EXT_VECTOR_BYTES == 64
+  return (U32)_mm512_maskz_cvtepi8_epi32(0xffff,
+                                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif L3EXT_VECTOR_BYTES == 32
+  return (U32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  U32 v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<const int8_t*>(p)[i];
+  return v;
+#endif
+}
+inline Vec<float> load(const int8_t* p) {
+  return __builtin_convertvector(bit_cast_vector<I32>(load_bytes(p)), Vec<float>);
+}
+inline Vec<float> load(const Float8E4M3* p) { return widen_e4m3<0>(load_bytes(p)); }
+
 inline void store(Vec<double> v, double* p) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(Vec<float> v, float* p) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(Vec<float> v, BFloat16* p) {
@@ -242,6 +292,10 @@ inline auto widen_word(WordVector words) {
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     return bit_cast_vector<typename VectorOf<float, kBytes>::type>(
         kElement == 0 ? words << 16 : words & 0xffff0000u);
+  } else if constexpr (std::is_same_v<T, int8_t>) {
+    return widen_int8<kElement>(words);
+  } else if constexpr (std::is_same_v<T, Float8E4M3>) {
+    return widen_e4m3<kElement>(words);
   } else {
     const auto halves = __builtin_convertvector(kElement == 0 ? words & 0xffffu : words >> 16,
                                                 typename VectorOf<uint16_t, kBytes / 2>::type);
