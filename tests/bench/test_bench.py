@@ -265,7 +265,7 @@ def test_the_command_takes_tied_tables(tmp_path, capsys):
     [
         (["--device", "tpu"], ValueError, "--device: expected cpu or cuda, got 'tpu'"),
         (["--regime", "prefill"], ValueError, "--regime: expected one of forward, backward"),
-        (["--dtype", "int8"], ValueError, "--dtype: expected one of float32"),
+        (["--dtype", "int16"], ValueError, "--dtype: expected one of float32"),
         (["--peer", "numpy"], ValueError, "--peer: expected one of padded gather"),
         (["--num-tokens", "0"], ValueError, "--num-tokens: expected 1 or more, got 0"),
         (["--batch", "-1"], ValueError, "--batch: expected 1 or more, got -1"),

@@ -30,7 +30,7 @@ struct Words {
 // A vector of rows, an element of each, meets an element of each query: the sums run along the
 // depth in the same order as in dense.inl, so that a query's bits do not depend on how many share
 // its segment. Blocks of rows are transposed in registers, word by word, before they are widened.
-template <typename T, int kBytes, int kQueries, bool kPrefetch>
+template <typename T, int kBytes, int kQueries>
 inline void stream_block(const T* const* rows, const T* const* ahead, int64_t count,
                          const Accumulator<T>* x, int64_t x_stride, int64_t depth,
                          Accumulator<T> scale, Accumulator<T>* scores, int64_t ld) {
@@ -55,7 +55,7 @@ inline void stream_block(const T* const* rows, const T* const* ahead, int64_t co
   for (; k + W::kStep <= depth; k += W::kStep) {
 #pragma GCC unroll 16
     for (int r = 0; r < W::kRows; ++r) {
-      if constexpr (kPrefetch) prefetch(ahead[r] + k);
+      prefetch(ahead[r] + k);
       block[r] = load_raw<typename W::Vector>(rows[r] + k);
     }
     transpose<typename W::Word, kBytes>(block);
@@ -90,14 +90,8 @@ inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count, c
   int64_t q = 0;
   const auto run = [&]<int kQueries>(std::integral_constant<int, kQueries>) {
     for (; q + kQueries <= queries; q += kQueries) {
-      const auto* xs = x + q * x_stride;
-      if (q == 0) {  // the first pass meets cold rows: it asks for the next ones
-        stream_block<T, kBytes, kQueries, true>(row, ahead, count, xs, x_stride, depth, scale,
-                                                scores, ld);
-      } else {
-        stream_block<T, kBytes, kQueries, false>(row, ahead, count, xs, x_stride, depth, scale,
-                                                 scores + q, ld);
-      }
+      stream_block<T, kBytes, kQueries>(row, ahead, count, x + q * x_stride, x_stride, depth, scale,
+                                        scores + q, ld);
     }
   };
   run(std::integral_constant<int, 4>{});
@@ -146,6 +140,7 @@ inline void stream_sum(const T* const* rows, const T* const* ahead, const Accumu
                        Accumulator<T>* out, int64_t out_stride) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
+  constexpr int64_t kLine = 64 / sizeof(T);
   Acc weight[kOutputs][kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kOutputs; ++i) {
@@ -157,7 +152,7 @@ inline void stream_sum(const T* const* rows, const T* const* ahead, const Accumu
     Vec<Acc> values[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      prefetch(ahead[r] + c);
+      if (c % kLine == 0) prefetch(ahead[r] + c);
       values[r] = load(rows[r] + c);
     }
 #pragma GCC unroll 8
@@ -179,6 +174,8 @@ inline void stream_sum(const T* const* rows, const T* const* ahead, const Accumu
   }
 }
 
+constexpr int64_t kRowsAhead = 16;  // some 10 KiB: memory answers within the time they take
+
 template <typename T>
 void stream_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
                        int64_t row_stride, int64_t outputs, int64_t columns, const T* next,
@@ -189,7 +186,7 @@ void stream_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t 
     const T* ahead[kRows];
     for (int i = 0; i < kRows; ++i) {
       row[i] = rows.row(r + i);
-      ahead[i] = row_ahead(rows, r + i + kRows, next);
+      ahead[i] = row_ahead(rows, r + i + kRowsAhead, next);
     }
     const auto* w = weights + r * row_stride;
     int64_t i = 0;
