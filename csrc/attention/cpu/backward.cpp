@@ -13,6 +13,7 @@
 #include "attention/cpu/schedule.hpp"
 #include "attention/segmented_attention.hpp"
 #include "core/error.hpp"
+#include "core/huge_pages.hpp"
 #include "core/parallel.hpp"
 #include "core/scratch.hpp"
 
@@ -29,6 +30,10 @@ class Backward {
       : p_(params), kernels_(row_kernels<T>(active_cpu_isa())) {}
 
   void run() {
+    advise_huge_pages(p_.dx.data, extent<T>(p_.dx, p_.plan.num_tokens));
+    const int64_t rows = p_.segment_gradients == nullptr ? p_.table_rows : p_.gradient_rows;
+    advise_huge_pages(p_.dkeys.data, extent<T>(p_.dkeys, rows));
+    advise_huge_pages(p_.dvalues.data, extent<T>(p_.dvalues, rows));
     if (wants_rows() && p_.segment_gradients == nullptr) zero_untouched();
     const std::vector<Unit> units = make_units(p_.plan, kernels_.query_lanes, kernels_.query_block);
     std::vector<Unit> whole;
@@ -148,6 +153,7 @@ class Backward {
     if (workspace_bytes_ < bytes) {  // kept for the next group
       workspace_.reset(new std::byte[bytes + Carver::kAlignment]);
       workspace_bytes_ = bytes;
+      advise_huge_pages(workspace_.get(), bytes);
     }
     void* aligned = workspace_.get();
     size_t space = bytes + Carver::kAlignment;

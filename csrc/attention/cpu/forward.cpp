@@ -10,6 +10,7 @@
 #include "attention/cpu/row_kernels.hpp"
 #include "attention/cpu/schedule.hpp"
 #include "attention/segmented_attention.hpp"
+#include "core/huge_pages.hpp"
 #include "core/parallel.hpp"
 #include "core/scratch.hpp"
 
@@ -32,6 +33,7 @@ class Forward {
         kernels_(row_kernels<Row>(active_cpu_isa())) {}
 
   void run() {
+    advise_huge_pages(p_.y.data, extent<T>(p_.y, p_.plan.num_tokens));
     const std::vector<Unit> units = make_units(p_.plan, kernels_.query_lanes, kernels_.query_block);
     constexpr size_t kUnitsPerThread = 8;
     if (p_.num_threads > 1 && units.size() < kUnitsPerThread * p_.num_threads) {

@@ -28,6 +28,12 @@ std::vector<Unit> make_units(const PlanView& plan, int64_t lanes, int64_t block)
 // Indices of `units`, most expensive first, so that the last to finish is a short one.
 std::vector<int32_t> longest_first(const std::vector<Unit>& units);
 
+// Bytes from the first element to behind the last row, at most.
+template <typename T>
+size_t extent(const MutableRows& rows, int64_t count) {
+  return rows.data == nullptr ? 0 : static_cast<size_t>(count * rows.stride) * sizeof(T);
+}
+
 // Throws kValue unless positions are in range and rows within the table; `disjoint_rows` also
 // asks for ascending segments, which row gradients need.
 void check_plan(const PlanView& plan, int64_t table_rows, bool disjoint_rows);
