@@ -322,7 +322,7 @@ def test_ctrl_c_leaves_the_counter_unchanged(parse):
     counter = counted(zipf_documents(1), 50, parse)
     before = state(counter)
     started = time.perf_counter()
-    assert interrupt_after(0.15, lambda: counter.update(tokens, offsets))
+    assert interrupt_after(0.05, lambda: counter.update(tokens, offsets))
     assert time.perf_counter() - started < 2
     assert state(counter) == before
     part = slice(0, 100_001)

@@ -164,16 +164,19 @@ def test_ctrl_c_leaves_both_unchanged():
     a, b = l3ext.LZWCounter(50), l3ext.LZWCounter(50)
     a.update(generator.integers(0, 50, 100_000))
     b.update(generator.integers(0, 50, 1_500_000))
-    others = contents(b)
-    for seconds in (0.02, 0.005, 0.001):  # a fast machine is through before the first
+    whole, others = contents(merged(a, b)), contents(b)
+    for seconds in (0.02, 0.01, 0.005, 0.002, 0.001):  # a fast machine is through before the first
         target = copy.deepcopy(a)
         before = state(target)
-        if interrupted := interrupt_after(seconds, lambda: target.merge(b)):  # noqa: B023
+        interrupted = interrupt_after(seconds, lambda: target.merge(b))  # noqa: B023
+        # The signal may come between the merge and the return to Python.
+        if interrupted and contents(target) != whole:
             break
-    assert interrupted
+    else:
+        pytest.skip("each merge was through before its signal; lzw_test stops one at every poll")
     assert (state(target), contents(b)) == (before, others)
     target.merge(b)
-    assert contents(target) == contents(merged(a, b))
+    assert contents(target) == whole
 
 
 def test_two_threads_that_merge_both_ways_do_not_deadlock():
