@@ -55,7 +55,7 @@ void Dictionary::truncate(uint32_t size) noexcept {
   try {
     const size_t lines = lines_for(size - vocab_size_);
     if (lines < lines_.size()) move_to(lines);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::bad_alloc&) {  // NOLINT(bugprone-empty-catch)
     // Nothing to move to: the table stays larger than it need be.
   }
 }

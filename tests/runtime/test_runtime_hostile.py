@@ -85,7 +85,9 @@ def test_bad_tables():
         PrefetchRuntime([LookupTable(good.data.to(torch.int32), good.allocation, 24)])
     with pytest.raises(ValueError, match="more than d_in = 37 columns"):
         PrefetchRuntime([LookupTable(good.data, good.allocation, 37)])
-    with pytest.raises(TypeError, match=r"data: expected a torch\.Tensor or l3ext\.QuantizedTable, got ndarray"):
+    with pytest.raises(
+        TypeError, match=r"data: expected a torch\.Tensor or l3ext\.QuantizedTable, got ndarray"
+    ):
         PrefetchRuntime([LookupTable(good.data.numpy(), good.allocation, 24)])
     falling = Owners(np.array([3, -1, 2]))
     with pytest.raises(ValueError, match=r"offsets\[2\]: expected at least 3.*got 2"):

@@ -11,7 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/gpu_check.sh"
-PARTS = ["build", "device", "tests", "bench", "tied", "sanitize", "peers", "text", "cpp", "benchcpp"]
+PARTS = [
+    "build",
+    "device",
+    "tests",
+    "bench",
+    "tied",
+    "sanitize",
+    "peers",
+    "text",
+    "cpp",
+    "benchcpp",
+]
 
 
 def run(*arguments, script=SCRIPT, **environment):

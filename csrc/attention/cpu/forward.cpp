@@ -77,9 +77,9 @@ class Forward {
 
   RowBlock<Row> keys(const Unit& unit) const {
     if (p_.directory != nullptr) {
+      const int64_t address = p_.directory[p_.plan.segment_tokens[unit.segment]];
       // NOLINTNEXTLINE(performance-no-int-to-ptr): a directory holds addresses.
-      const auto* first =
-          reinterpret_cast<const Row*>(p_.directory[p_.plan.segment_tokens[unit.segment]]);
+      const auto* first = reinterpret_cast<const Row*>(address);
       return {first, p_.keys.stride, unit.rows()};
     }
     return {static_cast<const Row*>(p_.keys.data) + unit.row_begin * p_.keys.stride, p_.keys.stride,
@@ -100,7 +100,7 @@ class Forward {
     }
     const int64_t second = of_values && p_.value_offset > 0 ? sizeof(float) : 0;
     const auto* row = reinterpret_cast<const std::byte*>(keys(unit).data);
-    return {row + p_.quantization->scale_offset + second, p_.keys.stride};
+    return {row + quantization_->scale_offset + second, p_.keys.stride};
   }
 
   // weights[row, all queries] *= scales[row], for rows row_begin to row_end.
@@ -129,7 +129,7 @@ class Forward {
     const Row* value = values(unit).data;
     if constexpr (kQuantized) {
       constexpr int64_t kPart = 256;
-      const Acc scale = scales(unit, p_.quantization->values, /*of_values=*/true)[0];
+      const Acc scale = scales(unit, quantization_->values, /*of_values=*/true)[0];
       Acc widened[kPart];
       for (int64_t c = 0; c < p_.d_emb; c += kPart) {
         const int64_t count = std::min(kPart, p_.d_emb - c);
@@ -160,7 +160,7 @@ class Forward {
                     values(unit).row(row_begin),
                     work.scores + row_begin * kernels_.padded(unit.queries()));
     if constexpr (kQuantized) {
-      multiply(scales(unit, p_.quantization->keys, /*of_values=*/false), row_begin, row_end,
+      multiply(scales(unit, quantization_->keys, /*of_values=*/false), row_begin, row_end,
                kernels_.padded(unit.queries()), work.scores);
     }
   }
@@ -168,7 +168,7 @@ class Forward {
   void normalise(const Unit& unit, const Work& work) const {
     kernels_.exponentials(work.scores, unit.rows(), unit.queries(), work.sums);
     if constexpr (kQuantized) {
-      multiply(scales(unit, p_.quantization->values, /*of_values=*/true), 0, unit.rows(),
+      multiply(scales(unit, quantization_->values, /*of_values=*/true), 0, unit.rows(),
                kernels_.padded(unit.queries()), work.scores);
     }
   }
@@ -242,16 +242,17 @@ class Forward {
   }
 
   const SegmentedAttentionParams& p_;
+  const Quantization* quantization_ = p_.quantization ? &*p_.quantization : nullptr;
   const RowKernels<T>& queries_;
   const RowKernels<Row>& kernels_;
   const int64_t x_stride_ = spread<Acc>(p_.d_in);
   const int64_t y_stride_ = spread<Acc>(p_.d_emb);
 };
 
-void check_quantization(const SegmentedAttentionParams& params) {
-  if (params.dtype != DType::kFloat64) return;
+void check_quantization(const Quantization& quantization, DType dtype) {
+  if (dtype != DType::kFloat64) return;
   throw Error(ErrorCode::kType, concat("x: expected float32, bfloat16 or float16 for rows of ",
-                                       dtype_name(params.quantization->dtype), ", got float64"));
+                                       dtype_name(quantization.dtype), ", got float64"));
 }
 
 template <typename T>
@@ -272,7 +273,7 @@ void segmented_attention(const SegmentedAttentionParams& params) {
   cpu::check_plan(params.plan, anywhere ? std::numeric_limits<int64_t>::max() : params.table_rows,
                   /*disjoint_rows=*/false);
   if (anywhere) cpu::check_directory(params);
-  if (params.quantization) cpu::check_quantization(params);
+  if (params.quantization) cpu::check_quantization(*params.quantization, params.dtype);
   dispatch_float(params.dtype, "x",
                  [&](auto tag) { cpu::run_forward<typename decltype(tag)::type>(params); });
 }

@@ -22,8 +22,9 @@ struct Words {
   using Word = std::conditional_t<sizeof(Acc) == 8, uint64_t, uint32_t>;
   using Vector = typename VectorOf<Word, kBytes>::type;
   using Sums = typename VectorOf<Acc, kBytes>::type;
-  static constexpr int kRows = kBytes / sizeof(Acc);
-  static constexpr int kElements = sizeof(Acc) / sizeof(T);
+  static constexpr size_t kWordBytes = sizeof(Word);
+  static constexpr int kRows = kBytes / kWordBytes;
+  static constexpr int kElements = kWordBytes / sizeof(T);
   static constexpr int64_t kStep = int64_t{kRows} * kElements;
 };
 

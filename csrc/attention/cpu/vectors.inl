@@ -137,6 +137,7 @@ inline U32 load_bytes(const void* p) {
   return (U32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
   U32 v;
+  // NOLINTNEXTLINE(bugprone-signed-char-misuse): the sign is meant to be extended.
   for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<const int8_t*>(p)[i];
   return v;
 #endif

@@ -60,7 +60,7 @@ __device__ inline void sum_tile(const Attention& a, const Chunk& chunk, const Se
   sums.clear();
   sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, share * warp(),
            min(share * (warp() + 1), rows.count), SharedWeights{exponentials, stride});
-  sums.finish([&](int q, int column, const float(&v)[kVector<T>]) {
+  sums.finish([&](int q, int column, const float (&v)[kVector<T>]) {
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
       parts[(warp() * kTileQueries + q) * kTileColumns + column + i] = v[i];

@@ -48,7 +48,7 @@ __device__ inline void attend(const Attention& a, const SegmentRows<T>& rows, in
     sums.tiles = padded / kTileQueries;
     sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, 0, rows.count,
              SharedWeights{scores, stride});
-    sums.finish([&](int q, int column, float(&v)[kVector<T>]) {
+    sums.finish([&](int q, int column, float (&v)[kVector<T>]) {
       if (q >= queries) return;
 #pragma unroll
       for (float& x : v) x *= inverse[q];

@@ -100,7 +100,7 @@ class SlabAttention {
     __syncthreads();
     each_tile([&](ColumnSums<T, 1, 1>& sums, int tile) {
       sums.scale(state_->factors);
-      sums.finish([&](int q, int column, const float(&v)[kVector<T>]) {
+      sums.finish([&](int q, int column, const float (&v)[kVector<T>]) {
         const int32_t position = state_->positions[q];
         if (position < 0) return;
         store_vector<T>(row_of<T>(a_.y, a_.y_stride, position) + tile * kTileColumns + column, v);

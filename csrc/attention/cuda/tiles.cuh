@@ -91,7 +91,7 @@ struct GatheredRows {
 // --- queries of RowProducts: 16 bytes of one query at a column -----------------------------------
 // Which queries a lane loads: of each tile its own one for the matrix units, all eight for FMA.
 template <typename T, int Tiles>
-inline constexpr int kQueriesPerLane = sizeof(T) == 2 ? Tiles : Tiles* kTileQueries;
+inline constexpr int kQueriesPerLane = sizeof(T) == 2 ? Tiles : Tiles * kTileQueries;
 
 __device__ inline int query_of_lane(int i, int element_bytes) {
   return element_bytes == 2 ? i * kTileQueries + lane() / 4 : i;
