@@ -42,8 +42,9 @@ struct RowKernels {
   void (*pack)(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* packed);
 
   // scores[r * padded(queries) + q] = scale * dot(x[q * x_stride ..], row r) over `depth` elements.
-  // Each product is summed in an order that depends on `depth` and `queries` alone. `next`: where
-  // the thread reads on after these rows, asked for ahead; or null.
+  // Each product is summed along the depth; only the kernels of AVX512-BF16 and AMX sum few
+  // queries' otherwise than many's. `next`: where the thread reads on after these rows, asked for
+  // ahead; or null.
   void (*scores)(RowBlock<T> rows, const Acc* x, int64_t x_stride, const Acc* packed,
                  int64_t queries, int64_t depth, Acc scale, const T* next, Acc* scores);
 
