@@ -13,10 +13,17 @@ namespace {
 
 class HostQueue final : public CopyQueue {
  public:
-  void copy(void* target, const void* source, size_t bytes) override {
-    std::memcpy(target, source, bytes);
+  size_t batch() const override { return 1; }
+  void wait(const FencePtr& fence) override {
+    if (fence) fence->wait();
   }
-  void finish() override {}
+  void copy(std::span<const Copy> copies) override {
+    for (const Copy& copy : copies) std::memcpy(copy.target, copy.source, copy.bytes);
+  }
+  void fill(void* target, unsigned char value, size_t bytes) override {
+    std::memset(target, value, bytes);
+  }
+  FencePtr record() override { return nullptr; }
 };
 
 }  // namespace
@@ -37,10 +44,13 @@ void HostDevice::deallocate(void* memory, size_t bytes) noexcept {
   ::munmap(memory, std::max<size_t>(bytes, 1));
 }
 
-void HostDevice::fill(void* target, unsigned char value, size_t bytes) {
-  std::memset(target, value, bytes);
-}
-
 std::unique_ptr<CopyQueue> HostDevice::make_queue() { return std::make_unique<HostQueue>(); }
+
+std::shared_ptr<Stall> HostDevice::wait(void*, std::span<const FencePtr> fences) {
+  for (const FencePtr& fence : fences) {
+    if (fence) fence->wait();
+  }
+  return nullptr;
+}
 
 }  // namespace l3ext

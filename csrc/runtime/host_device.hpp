@@ -1,4 +1,4 @@
-// The host as a device: rows in page-aligned RAM, copies by memcpy.
+// The host as a device: rows in page-aligned RAM, copies by memcpy, done when the call returns.
 #pragma once
 
 #include <memory>
@@ -11,14 +11,17 @@ namespace l3ext {
 class HostDevice final : public Device {
  public:
   std::string name() const override { return "cpu"; }
+  bool is_host() const override { return true; }
   void* allocate(size_t bytes) override;
   void deallocate(void* memory, size_t bytes) noexcept override;
   void* allocate_staging(size_t bytes) override { return allocate(bytes); }
   void deallocate_staging(void* memory, size_t bytes) noexcept override {
     deallocate(memory, bytes);
   }
-  void fill(void* target, unsigned char value, size_t bytes) override;
+  std::shared_ptr<void> pin(const void*, size_t) override { return nullptr; }
   std::unique_ptr<CopyQueue> make_queue() override;
+  FencePtr record(void*) override { return nullptr; }
+  std::shared_ptr<Stall> wait(void* stream, std::span<const FencePtr> fences) override;
 };
 
 }  // namespace l3ext

@@ -30,6 +30,36 @@ void TableShape::check(const std::string& name) const {
               " (d_in, the table is tied), got ", d_emb);
 }
 
+namespace {
+
+// Reads when asked for the result: at most one thread ever waits for it, its own.
+class BlockingReader final : public TableReader {
+ public:
+  explicit BlockingReader(BlockingTable& table) : table_(table) {}
+  int depth() const override { return 1; }
+  void submit(const Read& read) override { read_ = read; }
+  ReadResult complete() override {
+    ReadResult result;
+    result.tag = read_.tag;
+    try {
+      result.data = table_.read(read_.begin, read_.bytes, read_.scratch);
+    } catch (...) {
+      result.error = std::current_exception();
+    }
+    return result;
+  }
+
+ private:
+  BlockingTable& table_;
+  Read read_;
+};
+
+}  // namespace
+
+std::unique_ptr<TableReader> BlockingTable::make_reader(int) {
+  return std::make_unique<BlockingReader>(*this);
+}
+
 std::vector<uint32_t> block_checksums(const void* data, int64_t row_bytes,
                                       const RowOwners& owners) {
   const auto* bytes = static_cast<const std::byte*>(data);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 #include <utility>
@@ -27,26 +28,61 @@ struct RowOwners {
   void check(int64_t total_rows, const std::string& name) const;
 };
 
-// The bytes of a table, row after row. read() is called from several threads at once.
+// One read of a table's bytes [begin, begin + bytes).
+struct Read {
+  int64_t begin = 0;
+  int64_t bytes = 0;
+  std::byte* scratch = nullptr;  // aligned to 4096, at least bytes + kScratchMargin long
+  int64_t tag = 0;               // comes back with the result
+};
+
+struct ReadResult {
+  int64_t tag = 0;
+  const std::byte* data = nullptr;  // where byte `begin` lies: in the scratch, or in place
+  std::exception_ptr error;         // kIo, with the path and the offset; null: all bytes are there
+};
+
+// Reads of one thread, many on their way at once, which may be complete in any order.
+class TableReader {
+ public:
+  virtual ~TableReader() = default;  // none on their way
+  virtual int depth() const = 0;  // reads that may be on their way at once
+  // Starts a read.
+  virtual void submit(const Read& read) = 0;
+  // Blocks until one of them is complete, and takes it. There is at least one.
+  virtual ReadResult complete() = 0;
+};
+
+// The bytes of a table, row after row. Thread-safe.
 class TableSource {
  public:
   // What a scratch buffer holds beyond the bytes asked for: room to read whole pages.
   static constexpr int64_t kScratchMargin = 2 * 4096;
 
   virtual ~TableSource() = default;
-  // Bytes [begin, begin + bytes): where they lie in host memory already, or read into `scratch`
-  // (aligned to 4096, at least bytes + kScratchMargin long). Throws kIo.
-  virtual const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) = 0;
+  // Where the table lies in host memory; null: its bytes must be read.
+  virtual const std::byte* memory() const { return nullptr; }
+  // A reader for one thread, of this depth or less. Throws kRuntime.
+  virtual std::unique_ptr<TableReader> make_reader(int depth) = 0;
   // A content error at `begin`, with the file's path and offset.
   virtual Error corrupt(int64_t begin, const std::string& what) const = 0;
 };
 
+// A source whose reads are done one by one, by the thread that asks.
+class BlockingTable : public TableSource {
+ public:
+  std::unique_ptr<TableReader> make_reader(int depth) override;
+  // Where byte `begin` lies, after reading `bytes` bytes into `scratch` if need be; throws kIo.
+  virtual const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) = 0;
+};
+
 // A table in host memory, used in place. `owner` keeps the memory alive; letting go of it may take
 // locks (Python's), so the runtime does that while it holds none of its own.
-class RamTable final : public TableSource {
+class RamTable final : public BlockingTable {
  public:
   RamTable(const void* data, std::shared_ptr<void> owner)
       : data_(static_cast<const std::byte*>(data)), owner_(std::move(owner)) {}
+  const std::byte* memory() const override { return data_; }
   const std::byte* read(int64_t begin, int64_t, std::byte*) override { return data_ + begin; }
   Error corrupt(int64_t begin, const std::string& what) const override {
     return Error::io("", 0, concat("table in RAM, byte ", begin, ": ", what));

@@ -67,7 +67,7 @@ class Layout {
   int paddings_ = 0;
 };
 
-class FileTable final : public TableSource {
+class FileTable final : public BlockingTable {
  public:
   FileTable(std::shared_ptr<FileReader> reader, int64_t base)
       : reader_(std::move(reader)), base_(base) {}

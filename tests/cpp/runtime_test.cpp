@@ -23,7 +23,7 @@ using namespace examples;
 namespace {
 
 // A table in RAM whose reads take a random time, so that workers finish in any order.
-class SlowTable final : public TableSource {
+class SlowTable final : public BlockingTable {
  public:
   SlowTable(const void* data, int max_us) : ram_(data, nullptr), max_us_(max_us) {}
   const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
@@ -42,7 +42,7 @@ class SlowTable final : public TableSource {
 };
 
 // A table whose reads fail while told to.
-class FailingTable final : public TableSource {
+class FailingTable final : public BlockingTable {
  public:
   explicit FailingTable(const void* data) : ram_(data, nullptr) {}
   const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
@@ -59,7 +59,7 @@ class FailingTable final : public TableSource {
 };
 
 // A table whose reads do not return until it is opened.
-class GatedTable final : public TableSource {
+class GatedTable final : public BlockingTable {
  public:
   explicit GatedTable(const void* data) : ram_(data, nullptr) {}
   const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
