@@ -111,8 +111,8 @@ std::vector<Table> runtime_tables(const std::vector<PyTable>& tables) {
 
 // The first rows of a buffer as a DLPack capsule, which shares the ownership: their elements, or
 // if they are quantised their bytes.
-py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const TableShape& shape,
-                         int64_t rows) {
+py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const Device& device,
+                         const TableShape& shape, int64_t rows) {
   struct Export {
     DLManagedTensor tensor{};
     int64_t shape[2];
@@ -123,7 +123,7 @@ py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const TableShape&
       new Export{{}, {rows, quantized ? shape.row_bytes() : shape.width()}, std::move(buffer)};
   DLTensor& tensor = exported->tensor.dl_tensor;
   tensor.data = exported->buffer->data();
-  tensor.device = {kDLCPU, 0};
+  tensor.device = {device.is_host() ? kDLCPU : kDLCUDA, device.index()};
   tensor.ndim = 2;
   const DLDataTypeCode code = quantized                         ? kDLUInt
                               : shape.dtype == DType::kBFloat16 ? kDLBfloat
@@ -153,6 +153,9 @@ py::dict step_dict(const StepRecord& step) {
     facts["bytes"] = layer.bytes;
     facts["hits"] = layer.hits;
     facts["hit_bytes"] = layer.hit_bytes;
+    facts["reused"] = layer.reused;
+    facts["reused_bytes"] = layer.reused_bytes;
+    facts["in_place_bytes"] = layer.in_place_bytes;
     facts["spilled"] = layer.spilled;
     facts["cancelled"] = layer.cancelled;
     facts["fetch_us"] = to_us(layer.fetch_end_ns - layer.fetch_begin_ns);
@@ -179,6 +182,9 @@ py::dict totals_dict(const LedgerTotals& totals) {
   facts["bytes"] = totals.bytes;
   facts["hits"] = totals.hits;
   facts["hit_bytes"] = totals.hit_bytes;
+  facts["reused"] = totals.reused;
+  facts["reused_bytes"] = totals.reused_bytes;
+  facts["in_place_bytes"] = totals.in_place_bytes;
   facts["spilled"] = totals.spilled;
   facts["fetch_us"] = to_us(totals.fetch_ns);
   facts["exposed_us"] = to_us(totals.exposed_ns);
@@ -252,45 +258,54 @@ void bind_prefetcher(py::module_& module) {
   py::class_<Step>(module, "PrefetchStep")
       .def(
           "wait",
-          [](Step& step, int64_t layer, const TensorArg& segment_rows) {
+          [](Step& step, int64_t layer, const TensorArg& segment_rows, uintptr_t stream) {
             const auto segments = static_cast<int64_t>(step.tokens().size());
             check_dtype(segment_rows.view(), "segment_rows", DType::kInt64);
             check_shape(segment_rows.view(), "segment_rows", {segments, 2});
             check_contiguous(segment_rows.view(), "segment_rows");
             check_writable(segment_rows.view(), "segment_rows");
             py::gil_scoped_release release;
-            step.wait(layer, interrupted);
+            step.wait(layer, reinterpret_cast<void*>(stream), interrupted);
             step.segment_rows(layer, segment_rows->as<int64_t>());
           },
-          py::arg("layer"), py::arg("segment_rows"))
+          py::arg("layer"), py::arg("segment_rows"), py::arg("stream") = 0)
       .def(
           "spill",
           [](const Step& step, int64_t layer) -> py::object {
-            auto buffer = step.spill(layer);
-            if (!buffer) return py::none();
+            if (!step.spilled(layer)) return py::none();
+            auto buffer = step.rows(layer);
             const TableShape& shape = step.prefetcher().shape(layer);
             const int64_t rows = static_cast<int64_t>(buffer->bytes()) / shape.row_bytes();
-            return rows_capsule(std::move(buffer), shape, rows);
+            return rows_capsule(std::move(buffer), step.prefetcher().device(), shape, rows);
           },
           py::arg("layer"))
-      .def("end", &Step::end, py::call_guard<py::gil_scoped_release>());
+      .def(
+          "end",
+          [](Step& step, uintptr_t stream) {
+            py::gil_scoped_release release;
+            step.end(reinterpret_cast<void*>(stream));
+          },
+          py::arg("stream") = 0);
 
   py::class_<Prefetcher, std::shared_ptr<Prefetcher>>(module, "Prefetcher")
       .def(py::init([](const std::vector<PyTable>& tables, int64_t cache_bytes, int64_t ring_bytes,
-                       int num_workers, int64_t piece_bytes, int64_t record_steps, bool poison) {
+                       int num_workers, int queue_depth, int64_t piece_bytes, int64_t record_steps,
+                       bool in_place, bool poison) {
              std::vector<Table> sources = runtime_tables(tables);
              py::gil_scoped_release release;
              return Prefetcher::create(std::move(sources), std::make_shared<HostDevice>(),
                                        {.cache_bytes = cache_bytes,
                                         .ring_bytes = ring_bytes,
                                         .num_workers = num_workers,
+                                        .queue_depth = queue_depth,
                                         .piece_bytes = piece_bytes,
                                         .record_steps = record_steps,
+                                        .in_place = in_place,
                                         .poison = poison});
            }),
            py::arg("tables"), py::kw_only(), py::arg("cache_bytes"), py::arg("ring_bytes"),
-           py::arg("num_workers"), py::arg("piece_bytes"), py::arg("record_steps"),
-           py::arg("poison"))
+           py::arg("num_workers"), py::arg("queue_depth"), py::arg("piece_bytes"),
+           py::arg("record_steps"), py::arg("in_place"), py::arg("poison"))
       .def(
           "begin",
           [](const std::shared_ptr<Prefetcher>& self, const TensorArg& tokens) {
@@ -306,7 +321,8 @@ void bind_prefetcher(py::module_& module) {
       .def(
           "arena",
           [](const Prefetcher& self, int64_t layer) {
-            return rows_capsule(self.arena(layer), self.shape(layer), self.arena_rows(layer));
+            return rows_capsule(self.arena(layer), self.device(), self.shape(layer),
+                                self.arena_rows(layer));
           },
           py::arg("layer"))
       .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>())
@@ -316,6 +332,7 @@ void bind_prefetcher(py::module_& module) {
         for (const Prefetcher::LayerPlacement& layer : self.placement()) {
           py::dict facts;
           facts["table_bytes"] = layer.table_bytes;
+          facts["in_place"] = layer.in_place;
           facts["hot_tokens"] = layer.hot_tokens;
           facts["hot_bytes"] = layer.hot_bytes;
           facts["ring_bytes"] = layer.ring_bytes;

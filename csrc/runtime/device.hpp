@@ -55,6 +55,7 @@ class Device {
  public:
   virtual ~Device() = default;
   virtual std::string name() const = 0;  // as torch spells it: "cpu", "cuda:0"
+  virtual int index() const = 0;         // among its kind, from 0
   // The processor reads host memory like its own: a table in RAM can be used where it lies.
   virtual bool is_host() const = 0;
 

@@ -11,6 +11,7 @@ namespace l3ext {
 class HostDevice final : public Device {
  public:
   std::string name() const override { return "cpu"; }
+  int index() const override { return 0; }
   bool is_host() const override { return true; }
   void* allocate(size_t bytes) override;
   void deallocate(void* memory, size_t bytes) noexcept override;

@@ -71,28 +71,55 @@ void Ledger::add(StepRecord record) {
     totals_.bytes += layer.bytes;
     totals_.hits += layer.hits;
     totals_.hit_bytes += layer.hit_bytes;
+    totals_.reused += layer.reused;
+    totals_.reused_bytes += layer.reused_bytes;
+    totals_.in_place_bytes += layer.in_place_bytes;
     totals_.spilled += layer.spilled;
     totals_.fetch_ns += layer.fetch_end_ns - layer.fetch_begin_ns;
     totals_.exposed_ns += layer.exposed_ns;
   }
-  if (capacity_ == 0) return;
-  if (static_cast<int64_t>(steps_.size()) == capacity_) steps_.pop_front();
   steps_.push_back(std::move(record));
+  if (static_cast<int64_t>(steps_.size()) <= capacity_) return;
+  settle();
+  for (const LayerRecord& layer : steps_.front().layers) {
+    stalls_.insert(stalls_.end(), layer.stalls.begin(), layer.stalls.end());
+  }
+  steps_.pop_front();
+}
+
+void Ledger::settle() const {
+  const auto settled = [&](const std::shared_ptr<Stall>& stall, int64_t& exposed_ns) {
+    const std::optional<int64_t> ns = stall->ns();
+    exposed_ns += ns.value_or(0);
+    return ns.has_value();
+  };
+  for (StepRecord& step : steps_) {
+    for (LayerRecord& layer : step.layers) {
+      const int64_t before = layer.exposed_ns;
+      std::erase_if(layer.stalls,
+                    [&](const auto& stall) { return settled(stall, layer.exposed_ns); });
+      totals_.exposed_ns += layer.exposed_ns - before;
+    }
+  }
+  std::erase_if(stalls_, [&](const auto& stall) { return settled(stall, totals_.exposed_ns); });
 }
 
 void Ledger::clear() {
   const std::scoped_lock lock(mutex_);
   steps_.clear();
+  stalls_.clear();
   totals_ = {};
 }
 
 std::vector<StepRecord> Ledger::steps() const {
   const std::scoped_lock lock(mutex_);
+  settle();
   return {steps_.begin(), steps_.end()};
 }
 
 LedgerTotals Ledger::totals() const {
   const std::scoped_lock lock(mutex_);
+  settle();
   return totals_;
 }
 

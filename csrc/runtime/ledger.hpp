@@ -5,9 +5,12 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
+
+#include "runtime/device.hpp"
 
 namespace l3ext {
 
@@ -20,17 +23,21 @@ struct WorkerSpan {
 struct LayerRecord {
   int64_t tokens = 0;          // distinct
   int64_t rows = 0;            // that they own
-  int64_t bytes = 0;           // asked of the table: those of the tokens outside the hot set
+  int64_t bytes = 0;           // fetched from the table
   int64_t hits = 0;            // tokens in the hot set
   int64_t hit_bytes = 0;       // theirs
+  int64_t reused = 0;          // tokens that an earlier step had fetched
+  int64_t reused_bytes = 0;    // theirs
+  int64_t in_place_bytes = 0;  // of rows that are read where the table lies
   bool spilled = false;        // the ring was full: the step got a buffer of its own
   bool cancelled = false;      // the step ended before the rows were there
   int64_t fetch_begin_ns = 0;  // all times 0: did not happen
   int64_t fetch_end_ns = 0;
   int64_t wait_begin_ns = 0;
   int64_t wait_end_ns = 0;
-  int64_t exposed_ns = 0;  // spent blocked in wait()
+  int64_t exposed_ns = 0;  // spent blocked in wait(), by the host or by a stream
   std::vector<WorkerSpan> spans;
+  std::vector<std::shared_ptr<Stall>> stalls;  // of streams, not yet part of exposed_ns
 };
 
 struct StepRecord {
@@ -47,6 +54,9 @@ struct LedgerTotals {
   int64_t bytes = 0;
   int64_t hits = 0;
   int64_t hit_bytes = 0;
+  int64_t reused = 0;
+  int64_t reused_bytes = 0;
+  int64_t in_place_bytes = 0;
   int64_t spilled = 0;  // layers of steps
   int64_t fetch_ns = 0;
   int64_t exposed_ns = 0;
@@ -64,6 +74,7 @@ class Ledger {
   }
   void add(StepRecord record);
   void clear();
+  // A stream's stall is counted once the stream has got past it.
   std::vector<StepRecord> steps() const;
   LedgerTotals totals() const;
 
@@ -75,9 +86,12 @@ class Ledger {
  private:
   const std::chrono::steady_clock::time_point epoch_ = std::chrono::steady_clock::now();
   const int64_t capacity_;
+  void settle() const;  // with mutex_ held
+
   mutable std::mutex mutex_;
-  std::deque<StepRecord> steps_;
-  LedgerTotals totals_;
+  mutable std::deque<StepRecord> steps_;
+  mutable LedgerTotals totals_;
+  mutable std::vector<std::shared_ptr<Stall>> stalls_;  // not yet part of the totals
 };
 
 }  // namespace l3ext

@@ -26,75 +26,136 @@ Prefetcher::Step Prefetcher::begin(const std::shared_ptr<Prefetcher>& self,
     std::sort(tokens.begin(), tokens.end());
     tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
   }
-  for (const auto& layer : self->layers_) state->fetches.push_back(count(*layer, tokens));
 
-  // From here on the handle gives back what was taken, whatever happens.
-  Step step(self, state);
+  Step step(self, state);  // from here on the handle gives back what was taken, whatever happens
   {
     const std::scoped_lock lock(self->mutex_);
     self->check_open();
     self->open_steps_.insert(state.get());
-    for (const auto& fetch : state->fetches) self->take_rows(*fetch);
-  }
-  for (const auto& fetch : state->fetches) place(*fetch, tokens, self->device_);
-  {
-    const std::scoped_lock lock(self->mutex_);
-    if (state->ended) self->check_open();  // closed meanwhile
+    state->layers.resize(self->layers_.size());
+    for (size_t i = 0; i < self->layers_.size(); ++i) {
+      StepLayer& layer = state->layers[i];
+      layer.fetch = std::make_shared<Fetch>();
+      layer.fetch->layer = self->layers_[i].get();
+      layer.fetch->target = self->layers_[i]->arena;
+      layer.fetch->users = 1;
+      self->place(layer, tokens);
+    }
+    for (const StepLayer& layer : state->layers) self->enqueue(layer.fetch);
     state->record.step = self->next_step_++;
-    for (const auto& fetch : state->fetches) self->enqueue(fetch);
     state->queued = true;
   }
   self->work_.notify_all();
   return step;
 }
 
-// What the ledger says of one layer, known before anything is fetched.
-std::shared_ptr<Prefetcher::Fetch> Prefetcher::count(Layer& layer,
-                                                     std::span<const int32_t> tokens) {
-  auto fetch = std::make_shared<Fetch>();
-  fetch->layer = &layer;
-  LayerRecord& record = fetch->record;
-  record.tokens = static_cast<int64_t>(tokens.size());
-  for (const int32_t token : tokens) {
-    const int64_t rows = layer.table.owners->rows(token);
-    const bool hit = layer.hot.row[token] >= 0;
-    record.rows += rows;
-    record.hits += hit;
-    (hit ? record.hit_bytes : record.bytes) += rows * layer.row_bytes;
-  }
-  return fetch;
-}
-
-void Prefetcher::take_rows(Fetch& fetch) {
-  Layer& layer = *fetch.layer;
-  fetch.target = layer.arena;
-  if (fetch.record.bytes == 0) return;
-  fetch.run = layer.ring.allocate(fetch.record.bytes / layer.row_bytes);
-  fetch.record.spilled = !fetch.run.has_value();
-}
-
-// Decides where every token's rows lie in the target, and what has to be copied for that.
-void Prefetcher::place(Fetch& fetch, std::span<const int32_t> tokens,
-                       const std::shared_ptr<Device>& device) {
-  const Layer& layer = *fetch.layer;
+// Decides where every token's rows lie, and what has to be copied for that.
+void Prefetcher::place(StepLayer& step, std::span<const int32_t> tokens) {
+  const PrefetchLayer& layer = *step.fetch->layer;
   const RowOwners& owners = *layer.table.owners;
-  const bool spilled = fetch.record.spilled;
-  int64_t next_row = 0;
-  if (spilled) {
-    fetch.target = std::make_shared<DeviceBuffer>(
-        device, static_cast<size_t>(fetch.record.rows * layer.row_bytes));
-  } else if (fetch.run) {
-    next_row = layer.hot.rows + fetch.run->begin;
+  LayerRecord& record = step.fetch->record;
+  record.tokens = static_cast<int64_t>(tokens.size());
+  for (const int32_t token : tokens) record.rows += owners.rows(token);
+  step.first_row.reserve(tokens.size());
+  if (layer.in_place) {
+    record.in_place_bytes = record.rows * layer.row_bytes;
+    for (const int32_t token : tokens) step.first_row.push_back(owners.offsets[token]);
+    return;
   }
-  fetch.first_row.reserve(tokens.size());
   for (const int32_t token : tokens) {
+    if (layer.hot.row[token] < 0) continue;
+    ++record.hits;
+    record.hit_bytes += owners.rows(token) * layer.row_bytes;
+  }
+  if (!place_in_ring(step, tokens)) place_in_own_buffer(step, tokens);
+}
+
+// False, and nothing taken, where pinned blocks leave no room.
+bool Prefetcher::place_in_ring(StepLayer& step, std::span<const int32_t> tokens) {
+  Fetch& fetch = *step.fetch;
+  PrefetchLayer& layer = *fetch.layer;
+  const RowOwners& owners = *layer.table.owners;
+  // What is there is pinned before anything is allocated, which may evict.
+  int64_t missing_rows = 0;
+  for (const int32_t token : tokens) {
+    if (layer.hot.row[token] >= 0 || owners.rows(token) == 0) continue;
+    if (RingBlock* block = layer.ring->find(token)) {
+      ++block->pins;
+      step.holds.push_back(block);
+    } else {
+      missing_rows += owners.rows(token);
+    }
+  }
+  const size_t found = step.holds.size();
+  bool room = missing_rows <= layer.ring->rows();
+  for (size_t i = 0; i < tokens.size() && room; ++i) {
+    const int32_t token = tokens[i];
+    const int64_t rows = owners.rows(token);
     const int64_t hot_row = layer.hot.row[token];
-    if (hot_row >= 0 && !spilled) {
-      fetch.first_row.push_back(hot_row);
+    if (hot_row >= 0 || rows == 0) {
+      step.first_row.push_back(std::max<int64_t>(hot_row, 0));
       continue;
     }
+    RingBlock* block = layer.ring->find(token);
+    if (block == nullptr) {
+      block = layer.ring->allocate(token, rows, fetch.after);
+      room = block != nullptr;
+      if (!room) break;
+      step.holds.push_back(block);
+      const int64_t target = layer.hot.rows + block->begin;
+      fetch.blocks.push_back({token, owners.offsets[token] * layer.row_bytes,
+                              target * layer.row_bytes, rows * layer.row_bytes, false});
+    }
+    step.first_row.push_back(layer.hot.rows + block->begin);
+  }
+  if (!room) {
+    for (size_t i = 0; i < step.holds.size(); ++i) {
+      if (i >= found) {  // its place has the fences of those that had to go
+        for (const FencePtr& fence : fetch.after) step.holds[i]->add_fence(fence);
+        layer.ring->forget(*step.holds[i]);
+      }
+      --step.holds[i]->pins;
+    }
+    step.holds.clear();
+    step.first_row.clear();
+    fetch.blocks.clear();
+    fetch.after.clear();
+    return false;
+  }
+  for (size_t i = 0; i < step.holds.size(); ++i) {
+    RingBlock& block = *step.holds[i];
+    if (i >= found) {
+      ++block.pins;  // the fetch's own
+      block.fetch = step.fetch;
+      fetch.brings.push_back(&block);
+      fetch.record.bytes += block.rows * layer.row_bytes;
+      continue;
+    }
+    ++fetch.record.reused;
+    fetch.record.reused_bytes += block.rows * layer.row_bytes;
+    if (block.fetch == nullptr) {
+      step.landed.insert(step.landed.end(), block.landed.begin(), block.landed.end());
+    } else if (std::ranges::find(step.needs, block.fetch) == step.needs.end()) {
+      ++block.fetch->users;
+      step.needs.push_back(block.fetch);
+    }
+  }
+  return true;
+}
+
+void Prefetcher::place_in_own_buffer(StepLayer& step, std::span<const int32_t> tokens) {
+  Fetch& fetch = *step.fetch;
+  const PrefetchLayer& layer = *fetch.layer;
+  const RowOwners& owners = *layer.table.owners;
+  fetch.record.spilled = true;
+  fetch.record.bytes = fetch.record.rows * layer.row_bytes - fetch.record.hit_bytes;
+  fetch.target =
+      take_spare(static_cast<size_t>(fetch.record.rows * layer.row_bytes), fetch.after);
+  int64_t next_row = 0;
+  for (const int32_t token : tokens) {
+    const int64_t hot_row = layer.hot.row[token];
     const int64_t rows = owners.rows(token);
-    fetch.first_row.push_back(next_row);
+    step.first_row.push_back(next_row);
     fetch.blocks.push_back({token,
                             (hot_row >= 0 ? hot_row : owners.offsets[token]) * layer.row_bytes,
                             next_row * layer.row_bytes, rows * layer.row_bytes, hot_row >= 0});
@@ -102,51 +163,91 @@ void Prefetcher::place(Fetch& fetch, std::span<const int32_t> tokens,
   }
 }
 
+// The smallest buffer that an ended step has left and nobody else holds, else a new one.
+std::shared_ptr<DeviceBuffer> Prefetcher::take_spare(size_t bytes, std::vector<FencePtr>& fences) {
+  auto best = spares_.end();
+  for (auto spare = spares_.begin(); spare != spares_.end(); ++spare) {
+    if (spare->buffer->bytes() < bytes || spare->buffer.use_count() > 1) continue;
+    if (best == spares_.end() || spare->buffer->bytes() < best->buffer->bytes()) best = spare;
+  }
+  if (best == spares_.end()) return std::make_shared<DeviceBuffer>(device_, bytes);
+  const std::shared_ptr<DeviceBuffer> buffer = best->buffer;
+  fences = std::move(best->fences);
+  spares_.erase(best);
+  return buffer;
+}
+
 void Prefetcher::enqueue(const std::shared_ptr<Fetch>& fetch) {
   fetch->pieces = plan_fetch(fetch->blocks, options_.piece_bytes);
   fetch->part_checksums.resize(fetch->pieces.size());
-  fetch->record.spans.reserve(static_cast<size_t>(options_.num_workers));  // leave() cannot fail
-  if (fetch->pieces.empty()) {
-    fetch->complete = true;
-  } else {
-    queue_.push_back(fetch);
-  }
+  // What workers do with it cannot fail for want of memory.
+  fetch->copies.resize(static_cast<size_t>(options_.num_workers));
+  fetch->record.spans.reserve(static_cast<size_t>(options_.num_workers));
+  if (!fetch->pieces.empty()) queue_.push_back(fetch);
+  fetch->queued = true;
+  if (fetch->pieces.empty()) complete(*fetch);
 }
 
-void Prefetcher::end_locked(StepState& step) {
+void Prefetcher::end_locked(StepState& step, const FencePtr& read) {
   if (step.ended) return;
   step.ended = true;
   open_steps_.erase(&step);
   step.record.end_ns = ledger_->now();
-  for (const auto& fetch : step.fetches) {
-    fetch->record.cancelled = !fetch->complete;
-    fetch->cancel_rest();
-    if (fetch->active > 0) {
-      fetch->abandoned = true;
-    } else {
-      fetch->complete = true;
-      give_back(*fetch);
+  for (StepLayer& layer : step.layers) {
+    if (!layer.fetch) continue;  // begin() did not get that far
+    layer.fetch->record.cancelled = !layer.fetch->complete;
+    layer.fetch->read = read;
+    for (RingBlock* block : layer.holds) {
+      block->add_fence(read);
+      unpin(*layer.fetch->layer, *block);
     }
+    leave(*layer.fetch);
+    for (const auto& fetch : layer.needs) leave(*fetch);
+    layer.needs.clear();
   }
   if (!step.queued) return;
-  for (const auto& fetch : step.fetches) step.record.layers.push_back(fetch->record);
+  for (const StepLayer& layer : step.layers) step.record.layers.push_back(layer.fetch->record);
   ledger_->add(std::move(step.record));
 }
 
-void Prefetcher::give_back(Fetch& fetch) {
-  const Layer& layer = *fetch.layer;
-  if (options_.poison && fetch.target) {
-    if (fetch.record.spilled) {
-      fetch.target->fill(0xff, 0, fetch.target->bytes());
-    } else if (fetch.run) {
-      fetch.target->fill(0xff,
-                         static_cast<size_t>((layer.hot.rows + fetch.run->begin) * layer.row_bytes),
-                         static_cast<size_t>(fetch.record.bytes));
-    }
+// A step needs the fetch no more.
+void Prefetcher::leave(Fetch& fetch) {
+  if (--fetch.users > 0) return;
+  if (fetch.complete) {
+    retire(fetch);
+    return;
   }
-  if (fetch.run) fetch.layer->ring.release(*fetch.run);
-  fetch.run.reset();
-  fetch.target.reset();
+  cancel(fetch);
+  if (fetch.active == 0) complete(fetch);
+}
+
+// Gives up one hold on a block.
+void Prefetcher::unpin(PrefetchLayer& layer, RingBlock& block) {
+  if (--block.pins > 0 || !options_.poison) return;
+  layer.ring->forget(block);
+  for (const FencePtr& fence : block.landed) fills_->wait(fence);
+  for (const FencePtr& fence : block.fences) fills_->wait(fence);
+  fills_->fill(
+      layer.arena->data() + static_cast<size_t>((layer.hot.rows + block.begin) * layer.row_bytes),
+      0xff, static_cast<size_t>(block.rows * layer.row_bytes));
+  block.add_fence(fills_->record());
+}
+
+// Nobody needs the fetch and nothing more will come: a buffer of its own serves later steps.
+void Prefetcher::retire(Fetch& fetch) {
+  const std::shared_ptr<DeviceBuffer> buffer = std::exchange(fetch.target, nullptr);
+  if (!fetch.record.spilled || closed_) return;
+  Spare spare{buffer, fetch.copies};
+  if (fetch.read) spare.fences.push_back(fetch.read);
+  for (const FencePtr& fence : fetch.after) spare.fences.push_back(fence);
+  if (options_.poison) {
+    for (const FencePtr& fence : spare.fences) fills_->wait(fence);
+    fills_->fill(buffer->data(), 0xff, buffer->bytes());
+    if (const FencePtr filled = fills_->record()) spare.fences.push_back(filled);
+  }
+  // Two steps at once are the normal case; what more of them left is freed, the oldest first.
+  if (spares_.size() == 2 * layers_.size()) spares_.erase(spares_.begin());
+  spares_.push_back(std::move(spare));
 }
 
 // --- the handle --------------------------------------------------------------------------------
@@ -162,18 +263,20 @@ Prefetcher::Step::~Step() {
 
 std::span<const int32_t> Prefetcher::Step::tokens() const { return state_->tokens; }
 
-void Prefetcher::Step::wait(int64_t layer, const std::function<bool()>& interrupted) {
+void Prefetcher::Step::wait(int64_t layer, void* stream,
+                            const std::function<bool()>& interrupted) {
   Prefetcher& prefetcher = *prefetcher_;
   prefetcher.check_process();
   prefetcher.check_layer(layer);
-  Fetch& fetch = *state_->fetches[layer];
+  const StepLayer& step = state_->layers[static_cast<size_t>(layer)];
   const Ledger& ledger = *prefetcher.ledger_;
   const int64_t begin = ledger.now();
   int64_t exposed = 0;
   std::unique_lock lock(prefetcher.mutex_);
+  const auto complete = [](const std::shared_ptr<Fetch>& fetch) { return fetch->complete; };
   while (true) {
     check_open();
-    if (fetch.complete) break;
+    if (complete(step.fetch) && std::ranges::all_of(step.needs, complete)) break;
     const int64_t blocked = ledger.now();
     const auto status = prefetcher.done_.wait_for(lock, std::chrono::milliseconds(100));
     exposed += ledger.now() - blocked;
@@ -183,38 +286,56 @@ void Prefetcher::Step::wait(int64_t layer, const std::function<bool()>& interrup
       lock.lock();
     }
   }
-  LayerRecord& record = fetch.record;
+  std::vector<FencePtr> fences = step.landed;
+  for (const auto& fetch : step.needs) {
+    if (fetch->error) std::rethrow_exception(fetch->error);
+    fences.insert(fences.end(), fetch->copies.begin(), fetch->copies.end());
+  }
+  LayerRecord& record = step.fetch->record;
+  if (!step.fetch->error) {
+    fences.insert(fences.end(), step.fetch->copies.begin(), step.fetch->copies.end());
+    if (auto stall = prefetcher.device_->wait(stream, fences)) {
+      record.stalls.push_back(std::move(stall));
+    }
+  }
   if (record.wait_end_ns == 0) record.wait_begin_ns = begin;
   record.wait_end_ns = ledger.now();
   record.exposed_ns += exposed;
-  if (fetch.error) std::rethrow_exception(fetch.error);
+  if (step.fetch->error) std::rethrow_exception(step.fetch->error);
+}
+
+std::shared_ptr<DeviceBuffer> Prefetcher::Step::rows(int64_t layer) const {
+  prefetcher_->check_layer(layer);
+  const std::scoped_lock lock(prefetcher_->mutex_);
+  check_open();
+  return state_->layers[static_cast<size_t>(layer)].fetch->target;
+}
+
+bool Prefetcher::Step::spilled(int64_t layer) const {
+  prefetcher_->check_layer(layer);
+  const std::scoped_lock lock(prefetcher_->mutex_);
+  check_open();
+  return state_->layers[static_cast<size_t>(layer)].fetch->record.spilled;
 }
 
 void Prefetcher::Step::segment_rows(int64_t layer, int64_t* rows) const {
   prefetcher_->check_layer(layer);
   const std::scoped_lock lock(prefetcher_->mutex_);
   check_open();
-  const Fetch& fetch = *state_->fetches[layer];
-  const RowOwners& owners = *fetch.layer->table.owners;
+  const StepLayer& step = state_->layers[static_cast<size_t>(layer)];
+  const RowOwners& owners = *step.fetch->layer->table.owners;
   for (size_t s = 0; s < state_->tokens.size(); ++s) {
-    rows[2 * s] = fetch.first_row[s];
-    rows[2 * s + 1] = fetch.first_row[s] + owners.rows(state_->tokens[s]);
+    rows[2 * s] = step.first_row[s];
+    rows[2 * s + 1] = step.first_row[s] + owners.rows(state_->tokens[s]);
   }
 }
 
-std::shared_ptr<DeviceBuffer> Prefetcher::Step::spill(int64_t layer) const {
-  prefetcher_->check_layer(layer);
-  const std::scoped_lock lock(prefetcher_->mutex_);
-  check_open();
-  const Fetch& fetch = *state_->fetches[layer];
-  return fetch.record.spilled ? fetch.target : nullptr;
-}
-
-void Prefetcher::Step::end() {
+void Prefetcher::Step::end(void* stream) {
   prefetcher_->check_process();
   {
     const std::scoped_lock lock(prefetcher_->mutex_);
-    prefetcher_->end_locked(*state_);
+    if (state_->ended) return;
+    prefetcher_->end_locked(*state_, prefetcher_->device_->record(stream));
   }
   prefetcher_->done_.notify_all();  // somebody may be waiting for it
 }

@@ -56,16 +56,15 @@ inline Table ram_table(const Example& example) {
 
 inline std::shared_ptr<Prefetcher> make_prefetcher(std::vector<Table> tables,
                                                    PrefetchOptions options) {
+  options.in_place = false;  // or there would be nothing to fetch
   return Prefetcher::create(std::move(tables), std::make_shared<HostDevice>(), options);
 }
 
 // Whether a waited layer of a step holds exactly the table's rows of the step's tokens.
-inline bool holds_the_rows(const Prefetcher& prefetcher, const Prefetcher::Step& step,
-                           int64_t layer, const Example& example) {
+inline bool holds_the_rows(const Prefetcher::Step& step, int64_t layer, const Example& example) {
   std::vector<int64_t> rows(2 * step.tokens().size());
   step.segment_rows(layer, rows.data());
-  const auto spill = step.spill(layer);
-  const auto buffer = spill ? spill : prefetcher.arena(layer);
+  const auto buffer = step.rows(layer);
   const int64_t row_bytes = example.shape.row_bytes();
   for (size_t s = 0; s < step.tokens().size(); ++s) {
     const int32_t token = step.tokens()[s];

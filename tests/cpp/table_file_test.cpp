@@ -38,7 +38,7 @@ void a_table_file_gives_back_what_was_written() {
       Prefetcher::Step step = Prefetcher::begin(prefetcher, random_ids(random, 50, 8));
       for (const int64_t layer : {0, 1}) {
         step.wait(layer);
-        EXPECT(holds_the_rows(*prefetcher, step, layer, layer == 0 ? a : b));
+        EXPECT(holds_the_rows(step, layer, layer == 0 ? a : b));
       }
     }
   }
