@@ -32,8 +32,12 @@ def queue(device: torch.device) -> tuple[int, Callable[[int], Tensor]]:
     A workspace may be freed as soon as the call returns: torch hands its memory out again in the
     order of the stream. Inside a graph capture it comes from the graph's own pool.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return stream, functools.partial(_workspace, device)
+    return current_stream(device), functools.partial(_workspace, device)
+
+
+def current_stream(device: torch.device) -> int:
+    """The current stream's handle; 0 on the CPU, which has none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _workspace(device: torch.device, size: int) -> Tensor:

@@ -7,6 +7,7 @@ for what is not there yet. What was fetched, and how long anybody waited, is in 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
+from l3ext._operators import check_device, current_stream
 from l3ext.nn import L3Layer
 from l3ext.plans import Plan, as_ids, as_offsets, make_plan
 from l3ext.quantization import QuantizedTable
@@ -36,9 +38,12 @@ class LayerRecord:
 
     tokens: int  #: distinct tokens
     rows: int  #: that they own
-    bytes: int  #: asked of the table: the rows of the tokens outside the hot set
+    bytes: int  #: fetched from the table
     hits: int  #: tokens found in the hot set
-    hit_bytes: int  #: of their rows; ``bytes + hit_bytes`` is all that the layer reads
+    hit_bytes: int  #: of their rows
+    reused: int  #: tokens whose rows an earlier step had fetched, and the ring still held
+    reused_bytes: int  #: of their rows
+    in_place_bytes: int  #: of the rows that are read where the table lies
     spilled: bool  #: the ring was full: the step had a buffer of its own for this layer
     cancelled: bool  #: the step ended before all rows were there
     fetch_us: float  #: from the first worker's start to the last one's end
@@ -69,6 +74,9 @@ class LedgerTotals:
     bytes: int
     hits: int
     hit_bytes: int
+    reused: int
+    reused_bytes: int
+    in_place_bytes: int
     spilled: int  #: layers of steps that had a buffer of their own
     fetch_us: float
     exposed_us: float
@@ -110,9 +118,11 @@ class Placement:
     path: str | None  #: of the table file
     direct_io: bool  #: the file is read with O_DIRECT
     verify: bool  #: every block is checked against its checksum when it is read
+    in_place: bool  #: tables are read where they lie: no hot set, no rings, no fetches
     device: str  #: where hot set and rings are
     num_layers: int
     num_workers: int
+    queue_depth: int
     table_bytes: int
     hot_bytes: int
     hot_tokens: int
@@ -137,17 +147,26 @@ class Step:
     """The rows of one step, on their way. Ends with its ``with`` block, or when dropped."""
 
     def __init__(self, runtime: PrefetchRuntime, token_ids: Any) -> None:
-        self._plan = make_plan(
-            as_ids(token_ids), runtime._offsets, max_rows=runtime._max_rows, check_offsets=False
+        self._device = runtime._device
+        plan = make_plan(
+            as_ids(token_ids).cpu(),
+            runtime._offsets,
+            max_rows=runtime._max_rows,
+            check_offsets=False,
         )
-        self._num_segments = int(self._plan.num_segments)
-        self._native = runtime._native.begin(self._plan.segment_tokens[: self._num_segments])
+        self._num_segments = int(plan.num_segments)
+        self._native = runtime._native.begin(plan.segment_tokens[: self._num_segments])
+        if self._device.type != "cpu":
+            plan = plan.pin_memory().to(self._device, non_blocking=True)
+        self._plan = plan
         self._layers = runtime._layers
 
     def wait(self, layer: int) -> Rows:
-        """Block until the rows of ``layer`` (0 is the nearest) are there.
+        """Make sure that the rows of ``layer`` (0 is the nearest) are there.
 
-        The rows are the runtime's memory, not a copy: do not use them after :meth:`end`.
+        On the CPU this blocks until they are. On a GPU the current stream waits for them, and the
+        host goes on. The rows are the runtime's memory, not a copy: do not use them after
+        :meth:`end`.
 
         Raises:
             OSError: with the path, where a read failed or a block does not match its checksum. The
@@ -155,16 +174,29 @@ class Step:
             ValueError: no such layer.
             RuntimeError: the step has ended, the runtime is closed, or this is a forked child.
         """
-        segment_rows = torch.empty(self._num_segments, 2, dtype=torch.int64)
-        self._native.wait(layer, segment_rows)
+        on_host = self._device.type == "cpu"
+        segment_rows = torch.empty(
+            self._num_segments, 2, dtype=torch.int64, pin_memory=not on_host
+        )
+        self._native.wait(layer, segment_rows, current_stream(self._device))
         place = self._layers[layer]
         spill = self._native.spill(layer)
         keys, values, *scales = place.arena if spill is None else place.split(spill)
+        if not on_host:
+            segment_rows = segment_rows.to(self._device, non_blocking=True)
         return Rows(keys, values, self._plan.with_rows(segment_rows), *scales)
 
     def end(self) -> None:
-        """Give the rows' memory back; fetches still on their way are cancelled. Idempotent."""
-        self._native.end()
+        """Give the rows' memory back; fetches still on their way are cancelled. Idempotent.
+
+        On a GPU what the current stream has been given so far may still read the rows.
+        """
+        self._native.end(current_stream(self._device))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_native"):
+            with contextlib.suppress(RuntimeError):  # a forked child has nothing to end
+                self.end()
 
     def __enter__(self) -> Step:
         return self
@@ -207,13 +239,18 @@ class PrefetchRuntime:
         tables: one :class:`LookupTable` for each layer, nearest layer first (served from where they
             are, without a copy), or the path of a table file (:func:`l3ext.tables.save_tables`).
             All share a vocabulary; their allocations may differ.
+        device: where attention runs: "cpu" or a CUDA device.
         cache_bytes: bytes for the hot sets, split evenly over the layers: the rows of the tokens
             that occur most often are loaded now and stay.
         ring_bytes: bytes for the rows of open steps, split evenly over the layers; at most twice
-            the table is used. A layer's rows that do not fit go to a buffer of their own for
-            that step, which costs an allocation ("spilled" in the ledger).
+            the table is used. What a step fetched stays there until the ring comes round, and
+            serves later steps ("reused" in the ledger). A layer's rows that do not fit go to a
+            buffer of their own for that step ("spilled").
+        in_place: tables in RAM are read where they lie if attention runs on the CPU: nothing is
+            fetched, and hot set and ring are not needed.
         num_workers: threads that read and copy; None: 2 for RAM, 8 for a file
             (a read waits far longer than it computes).
+        queue_depth: reads of one worker on their way at once, where the system can do that.
         verify: check every block read from a file against its checksum.
         direct_io: read the file with O_DIRECT, past the page cache. "auto": where the file system
             allows it; True: an error where it does not; False: through the page cache.
@@ -231,9 +268,12 @@ class PrefetchRuntime:
         self,
         tables: str | os.PathLike[str] | Sequence[LookupTable],
         *,
+        device: torch.device | str | None = None,
         cache_bytes: int = 0,
         ring_bytes: int = 128 << 20,
+        in_place: bool = True,
         num_workers: int | None = None,
+        queue_depth: int = 16,
         verify: bool = True,
         direct_io: bool | Literal["auto"] = "auto",
         record_steps: int = 1024,
@@ -242,6 +282,7 @@ class PrefetchRuntime:
     ) -> None:
         if direct_io not in _DIRECT_IO:
             raise ValueError(f'direct_io: expected True, False or "auto", got {direct_io!r}')
+        self._device = _device(device)
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
         if path is not None:
             file = _C.TableFile(path, _DIRECT_IO[direct_io])
@@ -256,9 +297,12 @@ class PrefetchRuntime:
             num_workers = 2 if path is None else 8
         self._native = _C.Prefetcher(
             natives,
+            str(self._device),
             cache_bytes=cache_bytes,
             ring_bytes=ring_bytes,
+            in_place=in_place,
             num_workers=num_workers,
+            queue_depth=queue_depth,
             piece_bytes=piece_bytes,
             record_steps=record_steps,
             poison=poison,
@@ -276,9 +320,11 @@ class PrefetchRuntime:
             path=path,
             direct_io=path is not None and file.direct,
             verify=verify and path is not None,
-            device="cpu",
+            in_place=all(layer["in_place"] for layer in layers),
+            device=str(self._device),
             num_layers=len(layers),
             num_workers=num_workers,
+            queue_depth=queue_depth,
             table_bytes=sum(layer["table_bytes"] for layer in layers),
             hot_bytes=sum(layer["hot_bytes"] for layer in layers),
             hot_tokens=sum(layer["hot_tokens"] for layer in layers),
@@ -321,8 +367,11 @@ class PrefetchRuntime:
         where = "RAM" if place.path is None else f"{place.path!r}"
         if place.path is not None:
             where += " (O_DIRECT)" if place.direct_io else " (through the page cache)"
+        tables = f"{place.num_layers} tables of {_size(place.table_bytes)} in {where}"
+        if place.in_place:
+            return f"PrefetchRuntime({tables}, read in place)"
         return (
-            f"PrefetchRuntime({place.num_layers} tables of {_size(place.table_bytes)} in {where}, "
+            f"PrefetchRuntime({tables}, "
             f"hot set {_size(place.hot_bytes)} and rings {_size(place.ring_bytes)} on "
             f"{place.device}, {place.num_workers} workers)"
         )
@@ -345,7 +394,7 @@ def offload(
         path: of the table file, for "disk". A file that is there already must hold exactly these
             tables, and is used.
         cache_bytes: bytes of rows that stay at hand, see :class:`PrefetchRuntime`.
-        device: that will compute; None or "cpu".
+        device: that will compute: None or "cpu", or a CUDA device.
         options: further options of :class:`PrefetchRuntime`.
 
     Returns:
@@ -361,8 +410,7 @@ def offload(
     if (tier == "disk") != (path is not None):
         wanted = "the path of the table file" if tier == "disk" else 'None (only "disk" has a file)'
         raise ValueError(f"path: expected {wanted}, got {path!r}")
-    if device is not None and torch.device(device).type != "cpu":
-        raise RuntimeError(f'device: this build prefetches for "cpu" only, got {str(device)!r}')
+    place = _device(device)
     layers = [module for module in model.modules() if isinstance(module, L3Layer)]
     runners = [module for module in model.modules() if hasattr(module, "l3_runtime")]
     if not layers or len(runners) != 1:
@@ -378,17 +426,25 @@ def offload(
             raise RuntimeError("model: its tables have been offloaded already")
         tables.append(LookupTable(rows, layer.allocation, layer.d_model, layer.tied))
     if path is None:
-        runtime = PrefetchRuntime(tables, cache_bytes=cache_bytes, **options)
+        runtime = PrefetchRuntime(tables, device=place, cache_bytes=cache_bytes, **options)
     else:
         if os.path.exists(path):
             check_same_tables(path, tables)
         else:
             save_tables(path, tables)
-        runtime = PrefetchRuntime(path, cache_bytes=cache_bytes, **options)
+        runtime = PrefetchRuntime(path, device=place, cache_bytes=cache_bytes, **options)
     for layer in layers:
         layer.release_table()
     runner.l3_runtime = runtime
     return runtime
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    place = torch.device("cpu" if device is None else device)
+    check_device(place, "device")
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def _size(count: int) -> str:

@@ -10,7 +10,6 @@
 
 #include "python/bindings.hpp"
 #include "python/tensor_arg.hpp"
-#include "runtime/host_device.hpp"
 #include "runtime/prefetcher.hpp"
 #include "runtime/table_file.hpp"
 
@@ -288,12 +287,13 @@ void bind_prefetcher(py::module_& module) {
           py::arg("stream") = 0);
 
   py::class_<Prefetcher, std::shared_ptr<Prefetcher>>(module, "Prefetcher")
-      .def(py::init([](const std::vector<PyTable>& tables, int64_t cache_bytes, int64_t ring_bytes,
+      .def(py::init([](const std::vector<PyTable>& tables, const std::string& device,
+                       int64_t cache_bytes, int64_t ring_bytes,
                        int num_workers, int queue_depth, int64_t piece_bytes, int64_t record_steps,
                        bool in_place, bool poison) {
              std::vector<Table> sources = runtime_tables(tables);
              py::gil_scoped_release release;
-             return Prefetcher::create(std::move(sources), std::make_shared<HostDevice>(),
+             return Prefetcher::create(std::move(sources), make_device(device),
                                        {.cache_bytes = cache_bytes,
                                         .ring_bytes = ring_bytes,
                                         .num_workers = num_workers,
@@ -303,7 +303,7 @@ void bind_prefetcher(py::module_& module) {
                                         .in_place = in_place,
                                         .poison = poison});
            }),
-           py::arg("tables"), py::kw_only(), py::arg("cache_bytes"), py::arg("ring_bytes"),
+           py::arg("tables"), py::arg("device"), py::kw_only(), py::arg("cache_bytes"), py::arg("ring_bytes"),
            py::arg("num_workers"), py::arg("queue_depth"), py::arg("piece_bytes"),
            py::arg("record_steps"), py::arg("in_place"), py::arg("poison"))
       .def(

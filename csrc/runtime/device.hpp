@@ -79,6 +79,10 @@ class Device {
   virtual std::shared_ptr<Stall> wait(void* stream, std::span<const FencePtr> fences) = 0;
 };
 
+// "cpu", or "cuda:0" and so on. Throws kValue for another name, kRuntime where there is no such
+// device.
+std::shared_ptr<Device> make_device(const std::string& name);
+
 // Memory for rows. Shared: a tensor made of it keeps it alive after the runtime is gone.
 class DeviceBuffer {
  public:

@@ -53,7 +53,11 @@ def generate(model):
 
 
 @pytest.mark.parametrize("tier", ["ram", "disk"])
-@pytest.mark.parametrize("options", [{}, {"cache_bytes": 4000}, {"ring_bytes": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"in_place": False}, {"cache_bytes": 4000, "in_place": False}, {"ring_bytes": 0}],
+    ids=str,
+)
 @pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_the_same_bits(tier, options, tied, dtype, tmp_path):
     model = make_model(tied=tied, dtype=dtype)
@@ -67,6 +71,7 @@ def test_the_same_bits(tier, options, tied, dtype, tmp_path):
         assert torch.equal(model(ids).logits, logits)
     assert runtime.placement.tier == tier
     assert runtime.ledger.totals.steps == 13
+    assert runtime.placement.in_place == (tier == "ram" and options.get("in_place", True))
     assert (runtime.ledger.totals.hits > 0) == ("cache_bytes" in options)
     runtime.close()
 
