@@ -76,9 +76,7 @@ void run_steps(benchmark::State& state, const Table& table, int workers) {
   const int64_t rows = table.owners->rows(0);
   const auto prefetcher =
       Prefetcher::create({table}, std::make_shared<HostDevice>(),
-                         {.ring_bytes = 2 * kStepBytes,
-                                           .num_workers = workers,
-                                           .in_place = false});
+                         {.ring_bytes = 2 * kStepBytes, .num_workers = workers, .in_place = false});
   const int64_t tokens = std::max<int64_t>(1, kStepBytes / (rows * kRowBytes));
   std::mt19937 random(0);
   std::vector<int32_t> ids(static_cast<size_t>(tokens));

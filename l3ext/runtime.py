@@ -175,9 +175,7 @@ class Step:
             RuntimeError: the step has ended, the runtime is closed, or this is a forked child.
         """
         on_host = self._device.type == "cpu"
-        segment_rows = torch.empty(
-            self._num_segments, 2, dtype=torch.int64, pin_memory=not on_host
-        )
+        segment_rows = torch.empty(self._num_segments, 2, dtype=torch.int64, pin_memory=not on_host)
         self._native.wait(layer, segment_rows, current_stream(self._device))
         place = self._layers[layer]
         spill = self._native.spill(layer)

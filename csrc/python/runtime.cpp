@@ -288,9 +288,8 @@ void bind_prefetcher(py::module_& module) {
 
   py::class_<Prefetcher, std::shared_ptr<Prefetcher>>(module, "Prefetcher")
       .def(py::init([](const std::vector<PyTable>& tables, const std::string& device,
-                       int64_t cache_bytes, int64_t ring_bytes,
-                       int num_workers, int queue_depth, int64_t piece_bytes, int64_t record_steps,
-                       bool in_place, bool poison) {
+                       int64_t cache_bytes, int64_t ring_bytes, int num_workers, int queue_depth,
+                       int64_t piece_bytes, int64_t record_steps, bool in_place, bool poison) {
              std::vector<Table> sources = runtime_tables(tables);
              py::gil_scoped_release release;
              return Prefetcher::create(std::move(sources), make_device(device),
@@ -303,9 +302,9 @@ void bind_prefetcher(py::module_& module) {
                                         .in_place = in_place,
                                         .poison = poison});
            }),
-           py::arg("tables"), py::arg("device"), py::kw_only(), py::arg("cache_bytes"), py::arg("ring_bytes"),
-           py::arg("num_workers"), py::arg("queue_depth"), py::arg("piece_bytes"),
-           py::arg("record_steps"), py::arg("in_place"), py::arg("poison"))
+           py::arg("tables"), py::arg("device"), py::kw_only(), py::arg("cache_bytes"),
+           py::arg("ring_bytes"), py::arg("num_workers"), py::arg("queue_depth"),
+           py::arg("piece_bytes"), py::arg("record_steps"), py::arg("in_place"), py::arg("poison"))
       .def(
           "begin",
           [](const std::shared_ptr<Prefetcher>& self, const TensorArg& tokens) {

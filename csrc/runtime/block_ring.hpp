@@ -38,8 +38,8 @@ class BlockRing {
   // The block of a token; null: not here.
   RingBlock* find(int64_t token) const { return blocks_of_tokens_[token]; }
 
-  // A pinned block of `rows` rows (at least 1) for a token that is not here; null where pinned blocks
-  // leave no room. What had to go is unpinned blocks, whose fences are added to `fences`.
+  // A pinned block of `rows` rows (at least 1) for a token that is not here; null where pinned
+  // blocks leave no room. What had to go is unpinned blocks, whose fences are added to `fences`.
   RingBlock* allocate(int64_t token, int64_t rows, std::vector<FencePtr>& fences);
 
   // find() will not name it any more; who has pinned it goes on using it.
@@ -49,9 +49,9 @@ class BlockRing {
   using Position = std::list<RingBlock>::iterator;
 
   const int64_t rows_;
-  std::list<RingBlock> blocks_;  // in the order of their rows
-  Position next_;                // the first block that ends after at_
-  int64_t at_ = 0;               // where the next block goes if there is room
+  std::list<RingBlock> blocks_;               // in the order of their rows
+  Position next_;                             // the first block that ends after at_
+  int64_t at_ = 0;                            // where the next block goes if there is room
   std::vector<RingBlock*> blocks_of_tokens_;  // [vocab_size]
 };
 

@@ -149,8 +149,7 @@ void Prefetcher::place_in_own_buffer(StepLayer& step, std::span<const int32_t> t
   const RowOwners& owners = *layer.table.owners;
   fetch.record.spilled = true;
   fetch.record.bytes = fetch.record.rows * layer.row_bytes - fetch.record.hit_bytes;
-  fetch.target =
-      take_spare(static_cast<size_t>(fetch.record.rows * layer.row_bytes), fetch.after);
+  fetch.target = take_spare(static_cast<size_t>(fetch.record.rows * layer.row_bytes), fetch.after);
   int64_t next_row = 0;
   for (const int32_t token : tokens) {
     const int64_t hot_row = layer.hot.row[token];
@@ -263,8 +262,7 @@ Prefetcher::Step::~Step() {
 
 std::span<const int32_t> Prefetcher::Step::tokens() const { return state_->tokens; }
 
-void Prefetcher::Step::wait(int64_t layer, void* stream,
-                            const std::function<bool()>& interrupted) {
+void Prefetcher::Step::wait(int64_t layer, void* stream, const std::function<bool()>& interrupted) {
   Prefetcher& prefetcher = *prefetcher_;
   prefetcher.check_process();
   prefetcher.check_layer(layer);

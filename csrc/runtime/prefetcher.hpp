@@ -3,10 +3,10 @@
 // wait() makes sure that one layer's rows are there; end() gives their place back.
 //
 // Each layer has one arena of rows [hot | ring]: the hot set is loaded once and stays; the ring
-// holds what open steps fetched, and remembers what earlier steps did until it comes round. Attention
-// reads the arena through row ranges, so that a hot token, a fetched one and a resident table look
-// the same to it, and fixed pointers stay fixed. A table in RAM whose device is the host needs none
-// of this: it is its own arena, and is read where it lies.
+// holds what open steps fetched, and remembers what earlier steps did until it comes round.
+// Attention reads the arena through row ranges, so that a hot token, a fetched one and a resident
+// table look the same to it, and fixed pointers stay fixed. A table in RAM whose device is the host
+// needs none of this: it is its own arena, and is read where it lies.
 //
 // A step that does not fit the ring neither waits nor fails: it gets a buffer of its own for that
 // layer, with all its rows in it (the ledger counts it as spilled).
@@ -176,8 +176,8 @@ class Prefetcher::Step {
   void segment_rows(int64_t layer, int64_t* rows) const;
   bool spilled(int64_t layer) const;
 
-  // Gives the rows back: nobody may read them from here on but what has been put into `stream` (null:
-  // the device's default stream). Idempotent.
+  // Gives the rows back: nobody may read them from here on but what has been put into `stream`
+  // (null: the device's default stream). Idempotent.
   void end(void* stream = nullptr);
 
  private:

@@ -46,7 +46,7 @@ struct ReadResult {
 class TableReader {
  public:
   virtual ~TableReader() = default;  // none on their way
-  virtual int depth() const = 0;  // reads that may be on their way at once
+  virtual int depth() const = 0;     // reads that may be on their way at once
   // Starts a read.
   virtual void submit(const Read& read) = 0;
   // Blocks until one of them is complete, and takes it. There is at least one.

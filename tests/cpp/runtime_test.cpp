@@ -342,8 +342,8 @@ void rows_still_being_read_are_not_handed_out_again() {
   EXPECT(reused);
 }
 
-// What an earlier step fetched is found again, also while it is still on its way, and also where that
-// step has ended.
+// What an earlier step fetched is found again, also while it is still on its way, and also where
+// that step has ended.
 void rows_are_fetched_once_for_several_steps() {
   const Example example = make_example(10, 3, 8, 8, 20);
   const auto source = std::make_shared<GatedTable>(example.rows.data());
@@ -427,12 +427,13 @@ void buffers_of_steps_that_spilled_serve_again() {
   EXPECT(address({6})->data() != first);
 }
 
-// Steps of several threads against the table itself, for long: rows of earlier steps are used again.
+// Steps of several threads against the table itself, for long: rows of earlier steps are used
+// again.
 void a_hundred_thousand_random_steps() {
   const Example example = make_example(100, 6, 4, 4, 25);
   const auto prefetcher =
-      make_prefetcher({ram_table(example), table_over(example, std::make_shared<SlowTable>(
-                                                                   example.rows.data(), 0))},
+      make_prefetcher({ram_table(example),
+                       table_over(example, std::make_shared<SlowTable>(example.rows.data(), 0))},
                       {.cache_bytes = 4000, .ring_bytes = 16000, .num_workers = 2});
   std::atomic<int> wrong{0};
   std::vector<std::thread> threads;

@@ -61,7 +61,9 @@ def test_safetensors_reads_the_file(dtype, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tier", ["ram", "disk"])
 @pytest.mark.parametrize(
-    "options", [{}, {"cache_bytes": 3000}, {"ring_bytes": 0}, {"ring_bytes": 2000}], ids=str
+    "options",
+    [{}, {"in_place": False}, {"in_place": False, "cache_bytes": 3000}, {"ring_bytes": 2000}],
+    ids=str,
 )
 def test_the_runtime_gives_the_bits_of_the_resident_table(dtype, tied, tier, options, tmp_path):
     widths = [{"d_in": 24, "d_emb": 24}, {"d_in": 31, "d_emb": 31}]
@@ -88,7 +90,7 @@ def test_the_runtime_gives_the_bits_of_the_resident_table(dtype, tied, tier, opt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_used_after_the_end_are_nan(dtype):
     table = quantized_table(20, dtype)
-    with l3ext.PrefetchRuntime([table], poison=True) as runtime:
+    with l3ext.PrefetchRuntime([table], in_place=False, poison=True) as runtime:
         with runtime.begin(torch.arange(20)) as step:
             rows = step.wait(0)
         assert torch.isnan(attend(torch.randn(20, table.d_in), rows, rows.plan)).all()

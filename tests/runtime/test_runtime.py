@@ -48,6 +48,7 @@ def test_rows_are_bit_equal(tier, cache, ring_bytes, tmp_path):
             ring_bytes=ring_bytes,
             num_workers=workers,
             piece_bytes=4096,
+            in_place=False,
             poison=True,
         ) as runtime:
             if cache == "all":
@@ -73,7 +74,7 @@ def test_thousands_of_steps(tier, tmp_path):
     table = make_table(VOCAB)
     random = np.random.default_rng(0)
     with PrefetchRuntime(
-        source([table], tier, tmp_path), cache_bytes=9000, ring_bytes=12000, poison=True
+        source([table], tier, tmp_path), cache_bytes=9000, ring_bytes=12000, in_place=False
     ) as runtime:
         previous = None
         for _ in range(2000):
@@ -110,7 +111,10 @@ def test_any_ids(ids, dtype):
 
 def test_tied_rows_are_one_tensor():
     table = make_table(VOCAB, tied=True)
-    with PrefetchRuntime([table], ring_bytes=0) as runtime, runtime.begin([1, 2]) as step:
+    with (
+        PrefetchRuntime([table], ring_bytes=0, in_place=False) as runtime,
+        runtime.begin([1, 2]) as step,
+    ):
         rows = step.wait(0)
         assert rows.values is rows.keys
         assert rows_match(rows, table, [1, 2])
@@ -159,7 +163,7 @@ def test_rows_outlive_the_runtime():
 
 def test_a_dropped_step_gives_its_rows_back():
     table = make_table(4, max_rows=1)
-    with PrefetchRuntime([table], ring_bytes=table.data[0].nbytes) as runtime:
+    with PrefetchRuntime([table], ring_bytes=table.data[0].nbytes, in_place=False) as runtime:
         for _ in range(50):
             runtime.begin([1]).wait(0)
         assert runtime.ledger.totals.steps == 50
@@ -177,7 +181,7 @@ def test_an_exception_in_the_block_ends_the_step():
 def test_several_threads():
     tables = [make_table(VOCAB, seed=1), make_table(VOCAB, seed=2)]
     wrong = []
-    with PrefetchRuntime(tables, cache_bytes=4000, ring_bytes=9000, poison=True) as runtime:
+    with PrefetchRuntime(tables, cache_bytes=4000, ring_bytes=9000, in_place=False) as runtime:
 
         def run(seed):
             random = np.random.default_rng(seed)
@@ -204,24 +208,33 @@ def test_the_ledger_is_exact():
     row_bytes = 8 * 4
     table = type(table)(data, Owners(rows, np.array([0, 9, 1, 5])), 5)
     # Room for five rows: token 1 (2 rows), then 3 does not fit, then 2 (3 rows).
-    with PrefetchRuntime([table], cache_bytes=5 * row_bytes, ring_bytes=5 * row_bytes) as runtime:
+    with PrefetchRuntime(
+        [table], cache_bytes=5 * row_bytes, ring_bytes=4 * row_bytes, in_place=False
+    ) as runtime:
         assert runtime.placement.hot_tokens == 2
         assert runtime.placement.hot_bytes == 5 * row_bytes
-        with runtime.begin([3, 1, 3, 0]) as step:
+        with runtime.begin([3, 1, 3]) as step:
             step.wait(0)
             with runtime.begin([0, 2]) as second:  # the ring is full
                 assert rows_match(second.wait(0), table, [0, 2])
-        first, other = sorted(runtime.ledger.steps, key=lambda record: record.step)
+        with runtime.begin([1, 3]) as third:
+            assert rows_match(third.wait(0), table, [1, 3])
+        first, other, again = sorted(runtime.ledger.steps, key=lambda record: record.step)
         (layer,) = first.layers
-        assert (layer.tokens, layer.rows, layer.hits) == (3, 7, 1)
-        assert (layer.bytes, layer.hit_bytes) == (5 * row_bytes, 2 * row_bytes)
+        assert (layer.tokens, layer.rows, layer.hits) == (2, 6, 1)
+        assert (layer.bytes, layer.hit_bytes) == (4 * row_bytes, 2 * row_bytes)
         assert not layer.spilled
         assert other.layers[0].spilled
+        assert (again.layers[0].reused, again.layers[0].reused_bytes) == (1, 4 * row_bytes)
+        assert (again.layers[0].bytes, again.layers[0].in_place_bytes) == (0, 0)
         totals = runtime.ledger.totals
-        assert totals.bytes == 6 * row_bytes
-        assert totals.hit_bytes == 5 * row_bytes
+        assert totals.bytes == 5 * row_bytes
+        assert totals.hit_bytes == 7 * row_bytes
+        assert totals.reused == 1
         assert totals.spilled == 1
-        assert totals.exposed_us == layer.exposed_us + other.layers[0].exposed_us
+        assert totals.exposed_us == pytest.approx(
+            sum(r.layers[0].exposed_us for r in (first, other, again))
+        )
         runtime.ledger.clear()
         assert runtime.ledger.steps == []
         assert runtime.ledger.totals.steps == 0
@@ -237,7 +250,7 @@ def test_record_steps_bounds_the_ledger():
 def test_chrome_trace(tmp_path):
     path = tmp_path / "trace.json"
     tables = [make_table(VOCAB, seed=i) for i in range(3)]
-    with PrefetchRuntime(tables) as runtime:
+    with PrefetchRuntime(tables, in_place=False) as runtime:
         for _ in range(5):
             with runtime.begin([1, 2, 3]) as step, runtime.begin([4]) as other:
                 for layer in range(3):
@@ -280,4 +293,8 @@ def test_placement_is_said(tmp_path):
         assert str(path) in repr(runtime)
     with PrefetchRuntime([table]) as runtime:
         assert runtime.placement.tier == "ram"
-        assert "in RAM" in repr(runtime)
+        assert runtime.placement.in_place
+        assert "in RAM, read in place" in repr(runtime)
+    with PrefetchRuntime([table], in_place=False) as runtime:
+        assert not runtime.placement.in_place
+        assert "in RAM, hot set" in repr(runtime)
