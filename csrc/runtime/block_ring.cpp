@@ -1,13 +1,26 @@
 #include "runtime/block_ring.hpp"
 
+#include <algorithm>
 #include <utility>
 
 namespace l3ext {
+namespace {
+
+void add(std::vector<FencePtr>& fences, const FencePtr& fence) {
+  if (std::ranges::find(fences, fence) == fences.end()) fences.push_back(fence);
+}
+
+void add(std::vector<FencePtr>& fences, const RingBlock& block) {
+  for (const FencePtr& fence : block.landed) add(fences, fence);
+  for (const FencePtr& fence : block.fences) add(fences, fence);
+}
+
+}  // namespace
 
 void RingBlock::add_fence(const FencePtr& fence) {
   if (!fence) return;
   std::erase_if(fences, [](const FencePtr& old) { return old->passed(); });
-  fences.push_back(fence);
+  add(fences, fence);
 }
 
 BlockRing::BlockRing(int64_t rows, int64_t vocab_size)
@@ -31,13 +44,19 @@ RingBlock* BlockRing::allocate(int64_t token, int64_t rows, std::vector<FencePtr
       ++last;
     }
   }
-  for (Position block = first; block != last; block = blocks_.erase(block)) {
-    fences.insert(fences.end(), block->landed.begin(), block->landed.end());
-    fences.insert(fences.end(), block->fences.begin(), block->fences.end());
-    forget(*block);
-  }
   at_ = begin + rows;
-  next_ = last;
+  for (Position block = first; block != last; block = blocks_.erase(block)) {
+    add(fences, *block);
+    forget(*block);
+    const int64_t end = block->begin + block->rows;
+    if (end > at_) {  // who comes to the rest of it has to wait as well
+      block->rows = end - at_;
+      block->begin = at_;
+      last = block;
+      break;
+    }
+  }
+  next_ = last;  // the first that ends after at_
   RingBlock& block = *blocks_.emplace(last);
   block.token = token;
   block.begin = begin;
@@ -45,6 +64,12 @@ RingBlock* BlockRing::allocate(int64_t token, int64_t rows, std::vector<FencePtr
   block.pins = 1;
   blocks_of_tokens_[static_cast<size_t>(token)] = &block;
   return &block;
+}
+
+std::vector<FencePtr> BlockRing::fences() const {
+  std::vector<FencePtr> fences;
+  for (const RingBlock& block : blocks_) add(fences, block);
+  return fences;
 }
 
 void BlockRing::forget(RingBlock& block) {

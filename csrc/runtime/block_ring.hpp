@@ -42,6 +42,9 @@ class BlockRing {
   // blocks leave no room. What had to go is unpinned blocks, whose fences are added to `fences`.
   RingBlock* allocate(int64_t token, int64_t rows, std::vector<FencePtr>& fences);
 
+  // Of all blocks: what must pass before the memory may go.
+  std::vector<FencePtr> fences() const;
+
   // find() will not name it any more; who has pinned it goes on using it.
   void forget(RingBlock& block);
 

@@ -229,23 +229,34 @@ void Prefetcher::unpin(PrefetchLayer& layer, RingBlock& block) {
   fills_->fill(
       layer.arena->data() + static_cast<size_t>((layer.hot.rows + block.begin) * layer.row_bytes),
       0xff, static_cast<size_t>(block.rows * layer.row_bytes));
+  block.landed.clear();
+  block.fences.clear();  // it has waited for all of them
   block.add_fence(fills_->record());
 }
 
 // Nobody needs the fetch and nothing more will come: a buffer of its own serves later steps.
 void Prefetcher::retire(Fetch& fetch) {
   const std::shared_ptr<DeviceBuffer> buffer = std::exchange(fetch.target, nullptr);
-  if (!fetch.record.spilled || closed_) return;
-  Spare spare{buffer, fetch.copies};
+  if (!fetch.record.spilled || !buffer) return;
+  Spare spare{buffer, fetch.copies};  // null fences have passed, and are left out
   if (fetch.read) spare.fences.push_back(fetch.read);
-  for (const FencePtr& fence : fetch.after) spare.fences.push_back(fence);
+  if (!fetch.whole()) {
+    spare.fences.insert(spare.fences.end(), fetch.after.begin(), fetch.after.end());
+  }
   if (options_.poison) {
     for (const FencePtr& fence : spare.fences) fills_->wait(fence);
     fills_->fill(buffer->data(), 0xff, buffer->bytes());
+    spare.fences.clear();  // it has waited for all of them
     if (const FencePtr filled = fills_->record()) spare.fences.push_back(filled);
   }
-  // Two steps at once are the normal case; what more of them left is freed, the oldest first.
-  if (spares_.size() == 2 * layers_.size()) spares_.erase(spares_.begin());
+  // Two steps at once are the normal case; of what more of them left, the oldest that nothing reads
+  // any more goes.
+  if (spares_.size() >= 2 * layers_.size()) {
+    const auto idle = std::ranges::find_if(spares_, [](const Spare& old) {
+      return std::ranges::all_of(old.fences, [](const FencePtr& fence) { return fence->passed(); });
+    });
+    if (idle != spares_.end()) spares_.erase(idle);
+  }
   spares_.push_back(std::move(spare));
 }
 

@@ -92,12 +92,10 @@ Prefetcher::Worker::Worker(std::shared_ptr<Device> on,
 }
 
 Prefetcher::Worker::~Worker() {
-  for (const Slot& slot : slots) {
-    try {
-      if (slot.copied) slot.copied->wait();
-    } catch (...) {
-      continue;  // the device failed: nothing reads the scratch any more
-    }
+  try {
+    if (const FencePtr copied = queue->record()) copied->wait();
+  } catch (...) {
+    // The device failed: nothing reads the scratch any more.
   }
   if (staging != nullptr) device->deallocate_staging(staging, staging_bytes);
 }
@@ -310,7 +308,9 @@ void Prefetcher::complete(Fetch& fetch) {
   std::erase(fetch.copies, nullptr);
   for (RingBlock* block : std::exchange(fetch.brings, {})) {
     block->landed = fetch.copies;
-    for (const FencePtr& fence : fetch.after) block->add_fence(fence);
+    if (!fetch.whole()) {  // nobody may have waited yet for what had to go
+      for (const FencePtr& fence : fetch.after) block->add_fence(fence);
+    }
     block->fetch = nullptr;
     if (fetch.error) fetch.layer->ring->forget(*block);
     unpin(*fetch.layer, *block);

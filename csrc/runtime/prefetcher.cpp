@@ -98,7 +98,10 @@ std::unique_ptr<PrefetchLayer> Prefetcher::make_layer(Table table, int64_t index
   return layer;
 }
 
-Prefetcher::~Prefetcher() { stop_workers(); }
+Prefetcher::~Prefetcher() {
+  stop_workers();
+  wait_for_the_device();
+}
 
 void Prefetcher::load_hot_sets() {
   std::vector<std::shared_ptr<Fetch>> fetches;
@@ -126,6 +129,21 @@ void Prefetcher::load_hot_sets() {
   }
 }
 
+// Until nothing that was put into streams before a step's end reads our memory any more.
+void Prefetcher::wait_for_the_device() noexcept {
+  const auto wait = [](std::span<const FencePtr> fences) {
+    for (const FencePtr& fence : fences) {
+      try {
+        fence->wait();
+      } catch (...) {
+        // The device failed: nothing reads there any more.
+      }
+    }
+  };
+  for (const auto& layer : layers_) wait(layer->ring->fences());
+  for (const Spare& spare : spares_) wait(spare.fences);
+}
+
 void Prefetcher::close() {
   check_process();
   {
@@ -138,6 +156,7 @@ void Prefetcher::close() {
   stop_workers();
   std::vector<std::shared_ptr<void>> garbage;  // freed after the lock: see TableSource's owner
   const std::scoped_lock lock(mutex_);
+  wait_for_the_device();
   for (const auto& layer : layers_) {
     garbage.push_back(std::exchange(layer->table.source, nullptr));
     garbage.push_back(std::exchange(layer->arena, nullptr));

@@ -74,7 +74,8 @@ class Prefetcher {
   // before anything is queued.
   static Step begin(const std::shared_ptr<Prefetcher>& self, std::span<const int32_t> token_ids);
 
-  // Stops the workers and lets go of tables and arenas. Open steps end. Idempotent.
+  // Stops the workers and lets go of tables and arenas, once the device has read what ended steps
+  // left it. Open steps end, and nothing may be reading their rows. Idempotent.
   void close();
 
   struct LayerPlacement {
@@ -103,6 +104,7 @@ class Prefetcher {
   void start_workers();
   void stop_workers();
   void load_hot_sets();
+  void wait_for_the_device() noexcept;
 
   void work(int index, Worker& worker);
   void take_reads(int index, Worker& worker, std::unique_lock<std::mutex>& lock);

@@ -42,6 +42,7 @@ class AsyncDevice final : public l3ext::Device {
   ~AsyncDevice() override;  // when all work is done
 
   std::string name() const override { return "twin:0"; }
+  int index() const override { return 0; }
   bool is_host() const override { return false; }
   void* allocate(size_t bytes) override;
   void deallocate(void* memory, size_t bytes) noexcept override;

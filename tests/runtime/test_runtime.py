@@ -251,8 +251,9 @@ def test_chrome_trace(tmp_path):
     path = tmp_path / "trace.json"
     tables = [make_table(VOCAB, seed=i) for i in range(3)]
     with PrefetchRuntime(tables, in_place=False) as runtime:
-        for _ in range(5):
-            with runtime.begin([1, 2, 3]) as step, runtime.begin([4]) as other:
+        for i in range(0, 20, 4):
+            ids = [i, i + 1, i + 2]
+            with runtime.begin(ids) as step, runtime.begin([i + 3]) as other:
                 for layer in range(3):
                     step.wait(layer)
                     other.wait(layer)
