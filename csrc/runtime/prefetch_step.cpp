@@ -341,12 +341,20 @@ void Prefetcher::Step::segment_rows(int64_t layer, int64_t* rows) const {
 
 void Prefetcher::Step::end(void* stream) {
   prefetcher_->check_process();
+  std::exception_ptr error;
   {
     const std::scoped_lock lock(prefetcher_->mutex_);
     if (state_->ended) return;
-    prefetcher_->end_locked(*state_, prefetcher_->device_->record(stream));
+    FencePtr read;
+    try {
+      read = prefetcher_->device_->record(stream);
+    } catch (...) {  // the device failed: nothing reads the rows any more
+      error = std::current_exception();
+    }
+    prefetcher_->end_locked(*state_, read);
   }
   prefetcher_->done_.notify_all();  // somebody may be waiting for it
+  if (error) std::rethrow_exception(error);
 }
 
 void Prefetcher::Step::check_open() const {

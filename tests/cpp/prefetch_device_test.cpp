@@ -52,11 +52,11 @@ void the_stream_sees_its_rows(uint64_t seed, PrefetchOptions options, bool from_
   const Example b = make_example(kVocab, 4, 7, 2, 2);
   const auto device = make_twin(seed);
   const auto table = [&](const Example& example) {
-    return from_disk ? table_over(example,
-                                  std::make_shared<FaultyTable>(
-                                      example.rows.data(),
-                                      Faults{.depth = 4, .longest_delay = microseconds(50)}))
-                     : ram_table(example);
+    return from_disk
+               ? table_over(example, std::make_shared<FaultyTable>(
+                                         example.rows.data(),
+                                         Faults{.depth = 4, .longest_delay = microseconds(50)}))
+               : ram_table(example);
   };
   options.piece_bytes = 4096;
   std::atomic<int> compared{0}, wrong{0};
@@ -189,13 +189,14 @@ void a_lost_device_is_told_and_everything_ends() {
     try {
       Prefetcher::Step step = Prefetcher::begin(prefetcher, random_ids(random, kVocab, 6));
       step.wait(0);
+      device->synchronize(nullptr);
       step.end();
     } catch (const Error& error) {
       EXPECT(error.code() == ErrorCode::kRuntime);
       ++failed;
     }
   }
-  EXPECT(failed > 5);
+  EXPECT(failed > 10);
   prefetcher->close();
 }
 
@@ -233,9 +234,9 @@ void a_bad_disk_costs_the_steps_that_need_it() {
   const auto source = std::make_shared<FaultyTable>(
       example.rows.data(),
       Faults{.depth = 8, .seed = 3, .longest_delay = microseconds(60), .failing = {bad}});
-  const auto prefetcher =
-      make_prefetcher({table_over(example, source)},
-                      {.ring_bytes = 6000, .num_workers = 2, .queue_depth = 8, .piece_bytes = 4096});
+  const auto prefetcher = make_prefetcher(
+      {table_over(example, source)},
+      {.ring_bytes = 6000, .num_workers = 2, .queue_depth = 8, .piece_bytes = 4096});
   std::mt19937 random(9);
   int failed = 0;
   for (int i = 0; i < 400; ++i) {
@@ -257,7 +258,8 @@ void a_bad_disk_costs_the_steps_that_need_it() {
 
 void workers_that_cannot_read_are_told_at_the_start() {
   const Example example = make_example(kVocab, 9, 5, 3, 10);
-  const auto source = std::make_shared<FaultyTable>(example.rows.data(), Faults{.no_readers = true});
+  const auto source =
+      std::make_shared<FaultyTable>(example.rows.data(), Faults{.no_readers = true});
   EXPECT(EXPECT_THROWS(Error, make_prefetcher({table_over(example, source)}, {})) ==
          "no reader can be made");
 }
