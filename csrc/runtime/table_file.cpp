@@ -8,6 +8,7 @@
 
 #include "core/atomic_file.hpp"
 #include "core/checksum.hpp"
+#include "runtime/file_table.hpp"
 #include "runtime/safetensors_header.hpp"
 
 namespace l3ext {
@@ -65,22 +66,6 @@ class Layout {
  private:
   int64_t end_ = 0;
   int paddings_ = 0;
-};
-
-class FileTable final : public BlockingTable {
- public:
-  FileTable(std::shared_ptr<FileReader> reader, int64_t base)
-      : reader_(std::move(reader)), base_(base) {}
-  const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
-    return reader_->read(base_ + begin, bytes, scratch);
-  }
-  Error corrupt(int64_t begin, const std::string& what) const override {
-    return Error::io(reader_->path(), 0, concat("offset ", base_ + begin, ": ", what));
-  }
-
- private:
-  std::shared_ptr<FileReader> reader_;
-  int64_t base_;
 };
 
 // Reads what the header describes, with every claim checked before it is used.
@@ -323,7 +308,8 @@ void write_table_file(const std::string& path, std::span<const TableData> tables
   file.commit();
 }
 
-TableFile::TableFile(const std::string& path, DirectIo direct_io)
-    : reader_(std::make_shared<FileReader>(path, direct_io)), tables_(Opener(reader_).open()) {}
+TableFile::TableFile(const std::string& path, DirectIo direct_io, IoEngine engine)
+    : reader_(std::make_shared<FileReader>(path, direct_io, engine)),
+      tables_(Opener(reader_).open()) {}
 
 }  // namespace l3ext

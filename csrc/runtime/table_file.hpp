@@ -40,12 +40,16 @@ void write_table_file(const std::string& path, std::span<const TableData> tables
 // checked against their checksums, when they are fetched.
 class TableFile {
  public:
-  // Throws kIo: unreadable, foreign, cut short, or of another version.
-  TableFile(const std::string& path, DirectIo direct_io);
+  // Throws kIo: unreadable, foreign, cut short, or of another version; kRuntime: kUring where
+  // there is no io_uring.
+  TableFile(const std::string& path, DirectIo direct_io, IoEngine engine = IoEngine::kAuto);
 
   const std::string& path() const { return reader_->path(); }
   int64_t size() const { return reader_->size(); }
   bool direct() const { return reader_->direct(); }
+  // "io_uring" or "pread": how rows are read. kAuto falls back to pread where the kernel has no
+  // io_uring, and where it has none left when a reader is made.
+  const char* io_engine() const { return reader_->uring() ? "io_uring" : "pread"; }
   // The tables hold the open file: they outlive this object.
   const std::vector<Table>& tables() const { return tables_; }
 
