@@ -37,13 +37,17 @@ FileReader::FileReader(std::string path, DirectIo direct_io, IoEngine engine)
     }
     size_ = status.st_size;
     try_direct(direct_io);
+    threads_ = std::make_unique<PreadThreads>(fd_);
   } catch (...) {
     ::close(fd_);
     throw;
   }
 }
 
-FileReader::~FileReader() { ::close(fd_); }
+FileReader::~FileReader() {
+  threads_.reset();
+  ::close(fd_);
+}
 
 void FileReader::open() {
   // O_NONBLOCK: a FIFO in the file's place is refused below instead of waited on for ever.
@@ -105,7 +109,7 @@ std::unique_ptr<ReadQueue> FileReader::make_queue(int depth) const {
       uring_ = false;
     }
   }
-  return make_pread_queue(fd_, depth);
+  return threads_->make_queue(depth);
 }
 
 RangeRead::RangeRead(const FileReader& file, int64_t begin, int64_t bytes, std::byte* scratch)

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 
+#include "runtime/pread_queue.hpp"
 #include "runtime/read_queue.hpp"
 
 namespace l3ext {
@@ -35,7 +36,7 @@ class FileReader {
   // bytes + 2 * kAlignment long; returns where the first one lies. Thread-safe; throws kIo.
   const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) const;
 
-  // For many RangeReads at once. Thread-safe; throws kRuntime.
+  // For many RangeReads at once; the file outlives it. Thread-safe; throws kRuntime.
   std::unique_ptr<ReadQueue> make_queue(int depth) const;
 
  private:
@@ -49,6 +50,7 @@ class FileReader {
   bool direct_ = false;
   bool uring_required_ = false;
   mutable std::atomic<bool> uring_{false};
+  std::unique_ptr<PreadThreads> threads_;
 };
 
 // A range of a file on its way to memory: what to ask the system for next, and what to make of its

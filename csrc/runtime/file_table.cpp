@@ -31,9 +31,9 @@ FileTableReader::FileTableReader(std::shared_ptr<const FileReader> file, int64_t
 
 void FileTableReader::submit(const Read& read) {
   const int64_t slot = free_.back();
-  free_.pop_back();
   slots_[slot] = {RangeRead(*file_, base_ + read.begin, read.bytes, read.scratch), read.tag};
   queue_->push(slots_[slot].range.next(slot));
+  free_.pop_back();
 }
 
 ReadResult FileTableReader::complete() {

@@ -1,3 +1,5 @@
+#include "runtime/pread_queue.hpp"
+
 #include <pthread.h>
 #include <unistd.h>
 
@@ -12,7 +14,6 @@
 #include <vector>
 
 #include "core/error.hpp"
-#include "runtime/read_queue.hpp"
 
 namespace l3ext {
 namespace {
@@ -34,93 +35,117 @@ class CallersQueue final : public ReadQueue {
   RawRead read_;
 };
 
-class ThreadsQueue final : public ReadQueue {
+}  // namespace
+
+struct PreadThreads::Shared {
+  struct Results {
+    std::condition_variable arrived;
+    std::vector<RawResult> complete;  // of a capacity that suffices: a thread must not fail
+  };
+  struct Job {
+    RawRead read;
+    Results* results;
+  };
+
+  void work(int fd) {
+    std::unique_lock lock(mutex);
+    while (true) {
+      pushed.wait(lock, [&] { return stopping || !jobs.empty(); });
+      if (stopping) return;
+      const Job job = jobs.front();
+      jobs.pop_front();
+      lock.unlock();
+      const RawResult result = pread_once(fd, job.read);
+      lock.lock();
+      job.results->complete.push_back(result);
+      job.results->arrived.notify_one();
+    }
+  }
+
+  std::mutex mutex;  // guards all below and every Results; the threads are their owner's
+  std::condition_variable pushed;
+  std::deque<Job> jobs;
+  bool stopping = false;
+  std::vector<std::thread> threads;
+};
+
+// One reader's share of the threads.
+class PreadThreads::Queue final : public ReadQueue {
  public:
-  ThreadsQueue(int fd, int depth) : fd_(fd), shared_(std::make_unique<Shared>()) {
-    // Signals are for the caller's threads.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    try {
-      for (int i = 0; i < depth; ++i) shared_->threads.emplace_back([this] { work(); });
-    } catch (const std::system_error& error) {
-      pthread_sigmask(SIG_SETMASK, &before, nullptr);
-      stop();
-      throw Error(ErrorCode::kRuntime,
-                  concat("cannot start the ", depth, " threads of a reader: ", error.what()));
-    }
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  Queue(Shared& shared, int depth) : shared_(shared), results_(std::make_unique<Results>()) {
+    results_->complete.reserve(static_cast<size_t>(depth));
   }
-  ~ThreadsQueue() override {
-    if (process_ == ::getpid()) {
-      stop();
-    } else {
-      // A child of fork() has neither the threads nor, perhaps, a usable mutex.
-      static_cast<void>(shared_.release());
+  ~Queue() override {
+    if (process_ != ::getpid()) {  // see ~PreadThreads
+      static_cast<void>(results_.release());
+      return;
     }
+    while (on_their_way_ > 0) pop();
   }
-  ThreadsQueue(const ThreadsQueue&) = delete;
-  ThreadsQueue& operator=(const ThreadsQueue&) = delete;
+  Queue(const Queue&) = delete;
+  Queue& operator=(const Queue&) = delete;
 
   void push(const RawRead& read) override {
     {
-      const std::scoped_lock lock(shared_->mutex);
-      shared_->waiting.push_back(read);
+      const std::scoped_lock lock(shared_.mutex);
+      shared_.jobs.push_back({read, results_.get()});
     }
-    shared_->pushed.notify_one();
+    ++on_their_way_;
+    shared_.pushed.notify_one();
   }
   RawResult pop() override {
-    std::unique_lock lock(shared_->mutex);
-    shared_->popped.wait(lock, [&] { return !shared_->complete.empty(); });
-    const RawResult result = shared_->complete.front();
-    shared_->complete.pop_front();
+    std::unique_lock lock(shared_.mutex);
+    results_->arrived.wait(lock, [&] { return !results_->complete.empty(); });
+    const RawResult result = results_->complete.back();
+    results_->complete.pop_back();
+    --on_their_way_;
     return result;
   }
 
  private:
-  struct Shared {
-    std::mutex mutex;  // guards all below but the threads
-    std::condition_variable pushed, popped;
-    std::deque<RawRead> waiting;
-    std::deque<RawResult> complete;
-    bool stopping = false;
-    std::vector<std::thread> threads;
-  };
+  using Results = Shared::Results;
 
-  void work() {
-    Shared& shared = *shared_;
-    std::unique_lock lock(shared.mutex);
-    while (true) {
-      shared.pushed.wait(lock, [&] { return shared.stopping || !shared.waiting.empty(); });
-      if (shared.stopping) return;
-      const RawRead read = shared.waiting.front();
-      shared.waiting.pop_front();
-      lock.unlock();
-      const RawResult result = pread_once(fd_, read);
-      lock.lock();
-      shared.complete.push_back(result);
-      shared.popped.notify_one();
-    }
-  }
-  void stop() {
-    {
-      const std::scoped_lock lock(shared_->mutex);
-      shared_->stopping = true;
-    }
-    shared_->pushed.notify_all();
-    for (std::thread& thread : shared_->threads) thread.join();
-  }
-
-  const int fd_;
+  Shared& shared_;
+  std::unique_ptr<Results> results_;
+  int on_their_way_ = 0;
   const pid_t process_ = ::getpid();
-  std::unique_ptr<Shared> shared_;
 };
 
-}  // namespace
+PreadThreads::PreadThreads(int fd)
+    : fd_(fd), process_(::getpid()), shared_(std::make_unique<Shared>()) {}
 
-std::unique_ptr<ReadQueue> make_pread_queue(int fd, int depth) {
-  if (depth == 1) return std::make_unique<CallersQueue>(fd);
-  return std::make_unique<ThreadsQueue>(fd, depth);
+PreadThreads::~PreadThreads() {
+  if (process_ != ::getpid()) {
+    // A child of fork() has neither the threads nor, perhaps, a mutex in a usable state.
+    static_cast<void>(shared_.release());
+    return;
+  }
+  {
+    const std::scoped_lock lock(shared_->mutex);
+    shared_->stopping = true;
+  }
+  shared_->pushed.notify_all();
+  for (std::thread& thread : shared_->threads) thread.join();
+}
+
+std::unique_ptr<ReadQueue> PreadThreads::make_queue(int depth) {
+  if (depth == 1) return std::make_unique<CallersQueue>(fd_);
+  const std::scoped_lock lock(growing_);
+  // Signals are for the caller's threads.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  try {
+    while (std::ssize(shared_->threads) < depth) {
+      shared_->threads.emplace_back([shared = shared_.get(), fd = fd_] { shared->work(fd); });
+    }
+  } catch (const std::system_error& error) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw Error(ErrorCode::kRuntime,
+                concat("cannot start the ", depth, " threads that read: ", error.what()));
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return std::make_unique<Queue>(*shared_, depth);
 }
 
 }  // namespace l3ext

@@ -27,8 +27,8 @@ struct RawResult {
 class ReadQueue {
  public:
   virtual ~ReadQueue() = default;  // waits for what is on its way: the system writes to its memory
-  // At most `depth` reads, which was given to its maker, are on their way at once. They start in
-  // pop() at the latest.
+  // Starts a read. At most `depth` of them, which was given to the queue's maker, are on their way
+  // at once.
   virtual void push(const RawRead& read) = 0;
   // Blocks until one is complete, and takes it. There is at least one.
   virtual RawResult pop() = 0;
@@ -39,7 +39,5 @@ const std::string& why_no_uring();
 
 // `fd` outlives the queue. Throws kRuntime where the system does not give what a queue needs.
 std::unique_ptr<ReadQueue> make_uring_queue(int fd, int depth);
-// Threads that call pread, one for each read on its way; none at a depth of 1.
-std::unique_ptr<ReadQueue> make_pread_queue(int fd, int depth);
 
 }  // namespace l3ext

@@ -78,12 +78,15 @@ class Ring {
     sqes_.at<io_uring_sqe>(0)[tail & sq_mask_] = entry;
     std::atomic_ref(*sq_tail_).store(tail + 1, std::memory_order_release);
   }
-  bool empty() const {
-    return *cq_head_ == std::atomic_ref(*cq_tail_).load(std::memory_order_acquire);
+  // Takes the last one back, which the kernel has not started.
+  io_uring_sqe withdraw() {
+    const uint32_t tail = *sq_tail_ - 1;
+    std::atomic_ref(*sq_tail_).store(tail, std::memory_order_release);
+    return sqes_.at<io_uring_sqe>(0)[tail & sq_mask_];
   }
   bool take(io_uring_cqe& entry) {
-    if (empty()) return false;
     const uint32_t head = *cq_head_;
+    if (head == std::atomic_ref(*cq_tail_).load(std::memory_order_acquire)) return false;
     entry = cqes_[head & cq_mask_];
     std::atomic_ref(*cq_head_).store(head + 1, std::memory_order_release);
     return true;
@@ -161,30 +164,35 @@ class UringQueue final : public ReadQueue {
     entry.user_data = static_cast<uint64_t>(read.tag);
     ring_.push(entry);
     ++pushed_;
+    enter(false);
   }
 
-  // One call starts all that was pushed, and waits if nothing is complete yet.
   RawResult pop() override {
     io_uring_cqe entry;
-    while (true) {
-      if (const bool wait = ring_.empty(); wait || pushed_ > 0) {
-        const int started = ring_.enter(pushed_, wait);
-        if (started >= 0) {
-          pushed_ -= static_cast<unsigned>(started);
-          on_their_way_ += started;
-        } else if (started == -EAGAIN || started == -EBUSY) {  // the kernel is short of memory
-          if (wait) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        } else if (started != -EINTR) {
-          fail("io_uring_enter", -started);
-        }
+    while (!ring_.take(entry)) {
+      const int error = enter(true);
+      if (error == 0 || error == EINTR) continue;
+      if (pushed_ > 0 && error != EAGAIN && error != EBUSY) {  // a sandbox closed behind us
+        --pushed_;
+        return {static_cast<int64_t>(ring_.withdraw().user_data), -error};
       }
-      if (ring_.take(entry)) break;
+      // Short of memory; or what is on its way must be waited for without the kernel's help.
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     --on_their_way_;
     return {static_cast<int64_t>(entry.user_data), entry.res};
   }
 
  private:
+  // Starts what was pushed. Returns 0 or the errno; what was not started then is tried again.
+  int enter(bool wait) {
+    const int started = ring_.enter(pushed_, wait);
+    if (started < 0) return -started;
+    pushed_ -= static_cast<unsigned>(started);
+    on_their_way_ += started;
+    return 0;
+  }
+
   const int fd_;
   const pid_t process_ = ::getpid();
   Ring ring_;

@@ -136,28 +136,35 @@ bool in_a_child(const std::function<bool()>& test) {
   return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
+// From here on, this system call fails in this process.
+void forbid(unsigned call) {
+  sock_filter filter[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog program = {std::size(filter), filter};
+  EXPECT(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
+  EXPECT(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
+}
+constexpr unsigned kUringSetup = 425, kUringEnter = 426;  // on every architecture but Alpha
+
 // First of all tests: a process asks the kernel for io_uring once.
 void where_the_kernel_forbids_io_uring_pread_reads() {
   const File file("forbidden");
-  EXPECT(in_a_child([&] {
-    sock_filter filter[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 425 /* io_uring_setup */, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-    };
-    const sock_fprog program = {std::size(filter), filter};
-    EXPECT(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0);
-    EXPECT(::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0);
-    EXPECT(!why_no_uring().empty());
-    const auto reader = open(file, {IoEngine::kAuto, DirectIo::kAuto});
-    EXPECT(!reader->uring());
-    read_random_ranges(*FileTable(reader, kBase).make_reader(8), file, 2, 100);
-    const std::string message =
-        EXPECT_THROWS(Error, open(file, {IoEngine::kUring, DirectIo::kAuto}));
-    EXPECT(message.find("io_engine: expected a system with io_uring") != std::string::npos);
-    return check::failures == 0;
-  }));
+  for (const unsigned call : {kUringSetup, kUringEnter})
+    EXPECT(in_a_child([&] {
+      forbid(call);
+      EXPECT(!why_no_uring().empty());
+      const auto reader = open(file, {IoEngine::kAuto, DirectIo::kAuto});
+      EXPECT(!reader->uring());
+      read_random_ranges(*FileTable(reader, kBase).make_reader(8), file, 2, 100);
+      const std::string message =
+          EXPECT_THROWS(Error, open(file, {IoEngine::kUring, DirectIo::kAuto}));
+      EXPECT(message.find("io_engine: expected a system with io_uring") != std::string::npos);
+      return check::failures == 0;
+    }));
 }
 
 void every_engine_reads_what_the_file_holds() {
@@ -313,6 +320,24 @@ void where_no_ring_is_left_pread_reads_and_says_so() {
   }));
 }
 
+void where_io_uring_is_forbidden_later_reads_fail_and_the_process_lives() {
+  if (!why_no_uring().empty()) return;
+  const File file("sandbox");
+  EXPECT(in_a_child([&] {
+    FileTable table(open(file, {IoEngine::kUring, DirectIo::kAuto}), kBase);
+    const auto reader = table.make_reader(4);
+    forbid(kUringEnter);
+    const Slots slots(4);
+    for (int64_t i = 0; i < 4; ++i) reader->submit({i * 1000, 1000, slots[i], i});
+    for (int i = 0; i < 4; ++i) {
+      const ReadResult result = reader->complete();
+      const std::string message = EXPECT_THROWS(Error, std::rethrow_exception(result.error));
+      EXPECT(message.find("Operation not permitted") != std::string::npos);
+    }
+    return check::failures == 0;
+  }));
+}
+
 void a_reader_that_goes_waits_for_its_reads() {
   // Large reads, so that the first is complete well before the last.
   constexpr int64_t kReads = 16, kBytes = 1 << 20;
@@ -399,6 +424,7 @@ int main() {
   RUN(what_is_no_readable_file_is_refused);
   RUN(a_path_is_bytes);
   RUN(where_no_ring_is_left_pread_reads_and_says_so);
+  RUN(where_io_uring_is_forbidden_later_reads_fail_and_the_process_lives);
   RUN(a_reader_that_goes_waits_for_its_reads);
   RUN(a_child_lets_go_of_its_parents_reader);
   RUN(signals_do_not_disturb_reads);
