@@ -27,13 +27,15 @@ class FileReader {
   FileReader& operator=(const FileReader&) = delete;
 
   const std::string& path() const { return path_; }
+  int fd() const { return fd_; }
   int64_t size() const { return size_; }  // when it was opened
   int64_t size_now() const;               // 0 where nobody can tell
   bool direct() const { return direct_; }
   bool uring() const { return uring_.load(); }  // how the queues reach the system
 
   // Reads bytes [begin, begin + bytes) into `scratch`, which is aligned to kAlignment and at least
-  // bytes + 2 * kAlignment long; returns where the first one lies. Thread-safe; throws kIo.
+  // bytes + 2 * kAlignment long (without O_DIRECT: any, `bytes` long); returns where the first one
+  // lies. Thread-safe; throws kIo.
   const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) const;
 
   // For many RangeReads at once; the file outlives it. Thread-safe; throws kRuntime.

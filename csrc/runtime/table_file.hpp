@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "runtime/file_reader.hpp"
+#include "runtime/mapped_file.hpp"
 #include "runtime/table.hpp"
 
 namespace l3ext {
@@ -57,5 +58,15 @@ class TableFile {
   std::shared_ptr<FileReader> reader_;
   std::vector<Table> tables_;
 };
+
+// The tables of a table file, mapped: in host memory, one copy for all processes that map it.
+struct MappedTables {
+  std::shared_ptr<const MappedFile> file;
+  std::vector<Table> tables;  // hold the mapping: they outlive this object
+};
+
+// Everything but the rows is checked on opening; rows are, where the tables' checksums are kept,
+// when they are fetched. Throws as TableFile, and what MappedFile throws.
+MappedTables map_table_file(const std::string& path, const MapOptions& options = {});
 
 }  // namespace l3ext
