@@ -1,6 +1,11 @@
 // io_uring by its system calls instead of by liburing: of that library this would use some hundred
 // lines, and a wheel must neither need it where it runs nor do without io_uring because it was
 // missing where the wheel was built. The kernel headers of Linux 5.6 are all it takes.
+//
+// File and buffers are not registered with the kernel: that moved no more bytes (O_DIRECT, 4 to
+// 256 KiB, depth 16), saved 1 to 5 us of a core for a read of 64 to 256 KiB, and would count
+// against RLIMIT_MEMLOCK, of which 8 MiB is a usual limit and what two readers of 16 times 256 KiB
+// need.
 #include <string>
 
 #include "core/error.hpp"

@@ -88,6 +88,8 @@ void mapped_tables_are_the_files() {
   const File file("mapped");
   for (const bool populate : {false, true}) {
     const MappedTables mapped = map_table_file(file.path, {.populate = populate});
+    const int64_t there = in_smaps(::getpid(), mapped.file->data(), "Rss") * 1024;
+    EXPECT((there >= mapped.file->file().size()) == populate);
     EXPECT(file.is_held_by(mapped));
     EXPECT(mapped.tables[0].shape == file.example.shape);
     EXPECT(mapped.tables[1].owners->offsets == file.example.owners->offsets);
