@@ -65,7 +65,7 @@ MappedFile::MappedFile(std::shared_ptr<const FileReader> file, const MapOptions&
 
 MappedFile::~MappedFile() {
   if (process_ != ::getpid()) {
-    static_cast<void>(watcher_.release());  // a child of fork() does not have the thread
+    [[maybe_unused]] auto* left = watcher_.release();  // a child of fork() does not have the thread
   } else if (watcher_) {
     {
       const std::scoped_lock lock(mutex_);

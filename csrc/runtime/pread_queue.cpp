@@ -77,7 +77,7 @@ class PreadThreads::Queue final : public ReadQueue {
   }
   ~Queue() override {
     if (process_ != ::getpid()) {  // see ~PreadThreads
-      static_cast<void>(results_.release());
+      [[maybe_unused]] auto* left = results_.release();
       return;
     }
     while (on_their_way_ > 0) pop();
@@ -117,7 +117,7 @@ PreadThreads::PreadThreads(int fd)
 PreadThreads::~PreadThreads() {
   if (process_ != ::getpid()) {
     // A child of fork() has neither the threads nor, perhaps, a mutex in a usable state.
-    static_cast<void>(shared_.release());
+    [[maybe_unused]] auto* left = shared_.release();
     return;
   }
   {
