@@ -8,6 +8,7 @@
 
 #include "core/atomic_file.hpp"
 #include "core/checksum.hpp"
+#include "runtime/file_table.hpp"
 #include "runtime/safetensors_header.hpp"
 
 namespace l3ext {
@@ -67,27 +68,27 @@ class Layout {
   int paddings_ = 0;
 };
 
-class FileTable final : public BlockingTable {
+class MappedTable final : public BlockingTable {
  public:
-  FileTable(std::shared_ptr<FileReader> reader, int64_t base)
-      : reader_(std::move(reader)), base_(base) {}
-  const std::byte* read(int64_t begin, int64_t bytes, std::byte* scratch) override {
-    return reader_->read(base_ + begin, bytes, scratch);
-  }
+  MappedTable(std::shared_ptr<const MappedFile> file, int64_t base)
+      : file_(std::move(file)), base_(base) {}
+  const std::byte* memory() const override { return file_->data() + base_; }
+  const std::byte* read(int64_t begin, int64_t, std::byte*) override { return memory() + begin; }
   Error corrupt(int64_t begin, const std::string& what) const override {
-    return Error::io(reader_->path(), 0, concat("offset ", base_ + begin, ": ", what));
+    return Error::io(file_->file().path(), 0, concat("offset ", base_ + begin, ": ", what));
   }
 
  private:
-  std::shared_ptr<FileReader> reader_;
+  std::shared_ptr<const MappedFile> file_;
   int64_t base_;
 };
 
 // Reads what the header describes, with every claim checked before it is used.
 class Opener {
  public:
-  explicit Opener(std::shared_ptr<FileReader> reader)
-      : reader_(std::move(reader)), path_(reader_->path()) {}
+  explicit Opener(std::shared_ptr<const FileReader> reader,
+                  std::shared_ptr<const MappedFile> mapped = nullptr)
+      : reader_(std::move(reader)), mapped_(std::move(mapped)), path_(reader_->path()) {}
 
   std::vector<Table> open() {
     read_header();
@@ -165,7 +166,11 @@ class Opener {
     }
     table.checksums = vector<uint32_t>(layer_key(layer, "crc32c"), "U32", vocab);
     table.owners = std::move(owners);
-    table.source = std::make_shared<FileTable>(reader_, begin);
+    if (mapped_) {
+      table.source = std::make_shared<MappedTable>(mapped_, begin);
+    } else {
+      table.source = std::make_shared<FileTable>(reader_, begin);
+    }
     return table;
   }
 
@@ -249,7 +254,8 @@ class Opener {
     void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
   };
 
-  std::shared_ptr<FileReader> reader_;
+  std::shared_ptr<const FileReader> reader_;
+  std::shared_ptr<const MappedFile> mapped_;
   const std::string& path_;
   SafetensorsHeader header_;
   int64_t data_begin_ = 0;
@@ -323,7 +329,16 @@ void write_table_file(const std::string& path, std::span<const TableData> tables
   file.commit();
 }
 
-TableFile::TableFile(const std::string& path, DirectIo direct_io)
-    : reader_(std::make_shared<FileReader>(path, direct_io)), tables_(Opener(reader_).open()) {}
+TableFile::TableFile(const std::string& path, DirectIo direct_io, IoEngine engine)
+    : reader_(std::make_shared<FileReader>(path, direct_io, engine)),
+      tables_(Opener(reader_).open()) {}
+
+MappedTables map_table_file(const std::string& path, const MapOptions& options) {
+  // Through the page cache, which is what the mapping shows.
+  const auto reader = std::make_shared<FileReader>(path, DirectIo::kOff, IoEngine::kPread);
+  if (reader->size() == 0) throw Error::io(path, 0, "expected a table file, got 0 bytes");
+  const auto mapped = std::make_shared<MappedFile>(reader, options);
+  return {mapped, Opener(reader, mapped).open()};
+}
 
 }  // namespace l3ext

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "runtime/file_reader.hpp"
+#include "runtime/mapped_file.hpp"
 #include "runtime/table.hpp"
 
 namespace l3ext {
@@ -40,12 +41,16 @@ void write_table_file(const std::string& path, std::span<const TableData> tables
 // checked against their checksums, when they are fetched.
 class TableFile {
  public:
-  // Throws kIo: unreadable, foreign, cut short, or of another version.
-  TableFile(const std::string& path, DirectIo direct_io);
+  // Throws kIo: unreadable, foreign, cut short, or of another version; kRuntime: kUring where
+  // there is no io_uring.
+  TableFile(const std::string& path, DirectIo direct_io, IoEngine engine = IoEngine::kAuto);
 
   const std::string& path() const { return reader_->path(); }
   int64_t size() const { return reader_->size(); }
   bool direct() const { return reader_->direct(); }
+  // "io_uring" or "pread": how rows are read. kAuto falls back to pread where the kernel has no
+  // io_uring, and where it has none left when a reader is made.
+  const char* io_engine() const { return reader_->uring() ? "io_uring" : "pread"; }
   // The tables hold the open file: they outlive this object.
   const std::vector<Table>& tables() const { return tables_; }
 
@@ -53,5 +58,15 @@ class TableFile {
   std::shared_ptr<FileReader> reader_;
   std::vector<Table> tables_;
 };
+
+// The tables of a table file, mapped: in host memory, one copy for all processes that map it.
+struct MappedTables {
+  std::shared_ptr<const MappedFile> file;
+  std::vector<Table> tables;  // hold the mapping: they outlive this object
+};
+
+// Everything but the rows is checked on opening; rows are, where the tables' checksums are kept,
+// when they are fetched. Throws as TableFile, and what MappedFile throws.
+MappedTables map_table_file(const std::string& path, const MapOptions& options = {});
 
 }  // namespace l3ext
