@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -122,10 +122,23 @@ class DirectIo:
     ON: DirectIo
     OFF: DirectIo
 
+class IoEngine:
+    AUTO: IoEngine
+    URING: IoEngine
+    PREAD: IoEngine
+
 class TableFile:
-    def __init__(self, path: str, direct_io: DirectIo) -> None: ...
+    def __init__(self, path: str, direct_io: DirectIo, io_engine: IoEngine) -> None: ...
     @property
     def direct(self) -> bool: ...
+    @property
+    def io_engine(self) -> Literal["io_uring", "pread"]: ...
+    def tables(self) -> list[Table]: ...
+
+class MappedTables:
+    def __init__(self, path: str) -> None: ...
+    @property
+    def guarded(self) -> bool: ...
     def tables(self) -> list[Table]: ...
 
 def write_table_file(path: str, tables: list[Table]) -> None: ...

@@ -27,6 +27,11 @@ from l3ext.quantization import QuantizedTable
 from l3ext.tables import LookupTable, check_same_tables, save_tables
 
 _DIRECT_IO = {"auto": _C.DirectIo.AUTO, True: _C.DirectIo.ON, False: _C.DirectIo.OFF}
+_IO_ENGINE = {
+    "auto": _C.IoEngine.AUTO,
+    "io_uring": _C.IoEngine.URING,
+    "pread": _C.IoEngine.PREAD,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +121,9 @@ class Placement:
 
     tier: Literal["ram", "disk"]
     path: str | None  #: of the table file
+    mapped: bool  #: the file is mapped, one copy for all processes
     direct_io: bool  #: the file is read with O_DIRECT
+    io_engine: Literal["io_uring", "pread"] | None  #: how the file is read
     verify: bool  #: every block is checked against its checksum when it is read
     in_place: bool  #: tables are read where they lie: no hot set, no rings, no fetches
     device: str  #: where hot set and rings are
@@ -246,12 +253,17 @@ class PrefetchRuntime:
             buffer of their own for that step ("spilled").
         in_place: tables in RAM are read where they lie if attention runs on the CPU: nothing is
             fetched, and hot set and ring are not needed.
-        num_workers: threads that read and copy; None: 2 for RAM, 8 for a file
-            (a read waits far longer than it computes).
+        num_workers: threads that start reads, check and copy.
         queue_depth: reads of one worker on their way at once, where the system can do that.
-        verify: check every block read from a file against its checksum.
+        mapped: map the table file instead of reading it: its rows are in RAM like any table's, in
+            one copy for all processes that map it. Whoever replaces the file must do so by rename,
+            as :func:`save_tables` does.
+        verify: check every block read from a file against its checksum; not where it is read in
+            place.
         direct_io: read the file with O_DIRECT, past the page cache. "auto": where the file system
             allows it; True: an error where it does not; False: through the page cache.
+        io_engine: how the file is read: "auto" is "io_uring" where the kernel has it, else "pread"
+            by threads.
         record_steps: how many steps the ledger keeps.
         piece_bytes: what one worker reads at a time, a multiple of 4096.
         poison: fill rows with NaN when a step ends, so that a use after the end shows; for tests.
@@ -270,29 +282,39 @@ class PrefetchRuntime:
         cache_bytes: int = 0,
         ring_bytes: int = 128 << 20,
         in_place: bool = True,
-        num_workers: int | None = None,
+        num_workers: int = 2,
         queue_depth: int = 16,
+        mapped: bool = False,
         verify: bool = True,
         direct_io: bool | Literal["auto"] = "auto",
+        io_engine: Literal["auto", "io_uring", "pread"] = "auto",
         record_steps: int = 1024,
         piece_bytes: int = 256 << 10,
         poison: bool = False,
     ) -> None:
         if direct_io not in _DIRECT_IO:
             raise ValueError(f'direct_io: expected True, False or "auto", got {direct_io!r}')
+        if io_engine not in _IO_ENGINE:
+            raise ValueError(
+                f'io_engine: expected "auto", "io_uring" or "pread", got {io_engine!r}'
+            )
         self._device = _device(device)
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
-        if path is not None:
-            file = _C.TableFile(path, _DIRECT_IO[direct_io])
-            natives = file.tables()
-            if not verify:
-                for table in natives:
-                    table.drop_checksums()
-        else:
+        if mapped and path is None:
+            raise ValueError("mapped: expected the path of a table file as tables, got tables")
+        file = None
+        if path is None:
             assert not isinstance(tables, (str, os.PathLike))
             natives = [table._native() for table in tables]
-        if num_workers is None:
-            num_workers = 2 if path is None else 8
+        elif mapped:
+            natives = _C.MappedTables(path).tables()
+            verify = verify and not (in_place and self._device.type == "cpu")
+        else:
+            file = _C.TableFile(path, _DIRECT_IO[direct_io], _IO_ENGINE[io_engine])
+            natives = file.tables()
+        if not verify and path is not None:
+            for table in natives:
+                table.drop_checksums()
         self._native = _C.Prefetcher(
             natives,
             str(self._device),
@@ -314,9 +336,11 @@ class PrefetchRuntime:
         self.ledger = Ledger(self._native.ledger)
         layers = self._native.placement()
         self.placement = Placement(
-            tier="ram" if path is None else "disk",
+            tier="ram" if file is None else "disk",
             path=path,
-            direct_io=path is not None and file.direct,
+            mapped=mapped,
+            direct_io=file is not None and file.direct,
+            io_engine=None if file is None else file.io_engine,
             verify=verify and path is not None,
             in_place=all(layer["in_place"] for layer in layers),
             device=str(self._device),
@@ -362,9 +386,12 @@ class PrefetchRuntime:
 
     def __repr__(self) -> str:
         place = self.placement
-        where = "RAM" if place.path is None else f"{place.path!r}"
-        if place.path is not None:
-            where += " (O_DIRECT)" if place.direct_io else " (through the page cache)"
+        where = "RAM" if place.path is None else repr(place.path)
+        if place.mapped:
+            where += " (mapped)"
+        elif place.path is not None:
+            where += " (O_DIRECT" if place.direct_io else " (through the page cache"
+            where += f", {place.io_engine})"
         tables = f"{place.num_layers} tables of {_size(place.table_bytes)} in {where}"
         if place.in_place:
             return f"PrefetchRuntime({tables}, read in place)"
@@ -388,9 +415,10 @@ def offload(
     Args:
         model: with :class:`l3ext.nn.L3Layer` layers; quantised ones stay so.
         tier: where the tables go: "ram" keeps them in host memory outside the model; "disk" writes
-            them to ``path`` and frees their memory.
-        path: of the table file, for "disk". A file that is there already must hold exactly these
-            tables, and is used.
+            them to ``path`` and frees their memory. "ram" with a path writes and maps the file:
+            one copy in RAM for all processes that do.
+        path: of the table file. A file that is there already must hold exactly these tables, and is
+            used.
         cache_bytes: bytes of rows that stay at hand, see :class:`PrefetchRuntime`.
         device: that will compute: None or "cpu", or a CUDA device.
         options: further options of :class:`PrefetchRuntime`.
@@ -405,9 +433,8 @@ def offload(
     """
     if tier not in ("ram", "disk"):
         raise ValueError(f'tier: expected "ram" or "disk", got {tier!r}')
-    if (tier == "disk") != (path is not None):
-        wanted = "the path of the table file" if tier == "disk" else 'None (only "disk" has a file)'
-        raise ValueError(f"path: expected {wanted}, got {path!r}")
+    if tier == "disk" and path is None:
+        raise ValueError("path: expected the path of the table file, got None")
     place = _device(device)
     layers = [module for module in model.modules() if isinstance(module, L3Layer)]
     runners = [module for module in model.modules() if hasattr(module, "l3_runtime")]
@@ -430,6 +457,7 @@ def offload(
             check_same_tables(path, tables)
         else:
             save_tables(path, tables)
+        options["mapped"] = tier == "ram"
         runtime = PrefetchRuntime(path, device=place, cache_bytes=cache_bytes, **options)
     for layer in layers:
         layer.release_table()

@@ -84,7 +84,7 @@ def check_same_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable
         OSError: it is no table file, or damaged.
     """
     path = os.fspath(path)
-    stored = _C.TableFile(path, _C.DirectIo.OFF).tables()
+    stored = _C.TableFile(path, _C.DirectIo.OFF, _C.IoEngine.AUTO).tables()
     if len(stored) != len(tables):
         raise ValueError(f"{path}: expected {len(tables)} tables, the file has {len(stored)}")
     for i, (ours, theirs) in enumerate(zip(tables, stored, strict=True)):

@@ -1,9 +1,11 @@
 // The LZW counter. l3ext/allocation.py is its public face.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>  // std::optional
+#include <pybind11/stl/filesystem.h>
 
 #include <atomic>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -167,14 +169,14 @@ void bind_lzw(py::module_& module) {
            py::arg("vocab_size"), py::arg("parse"), py::arg("max_codewords"))
       .def_static(
           "load",
-          [](const std::string& path) {
+          [](const std::filesystem::path& path) {
             py::gil_scoped_release nogil;
             return std::make_unique<SharedCounter>(Counter::load(path));
           },
           py::arg("path"))
       .def(
           "save",
-          [](SharedCounter& shared, const std::string& path) {
+          [](SharedCounter& shared, const std::filesystem::path& path) {
             shared.with([&](Counter& counter) { counter.save(path); });
           },
           py::arg("path"))

@@ -2,7 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
@@ -99,6 +101,13 @@ std::vector<TableData> table_data(const std::vector<PyTable>& tables) {
     data.push_back({table.table.shape, table.table.owners, table.data});
   }
   return data;
+}
+
+std::vector<PyTable> py_tables(const std::vector<Table>& tables) {
+  std::vector<PyTable> result;
+  result.reserve(tables.size());
+  for (const Table& table : tables) result.push_back({table, nullptr});
+  return result;
 }
 
 std::vector<Table> runtime_tables(const std::vector<PyTable>& tables) {
@@ -219,18 +228,31 @@ void bind_tables(py::module_& module) {
       .value("AUTO", DirectIo::kAuto)
       .value("ON", DirectIo::kOn)
       .value("OFF", DirectIo::kOff);
+  py::enum_<IoEngine>(module, "IoEngine")
+      .value("AUTO", IoEngine::kAuto)
+      .value("URING", IoEngine::kUring)
+      .value("PREAD", IoEngine::kPread);
   py::class_<TableFile>(module, "TableFile")
-      .def(py::init<const std::string&, DirectIo>(), py::arg("path"), py::arg("direct_io"),
-           py::call_guard<py::gil_scoped_release>())
+      .def(py::init([](const std::filesystem::path& path, DirectIo direct_io, IoEngine engine) {
+             py::gil_scoped_release release;
+             return std::make_unique<TableFile>(path, direct_io, engine);
+           }),
+           py::arg("path"), py::arg("direct_io"), py::arg("io_engine"))
       .def_property_readonly("direct", &TableFile::direct)
-      .def("tables", [](const TableFile& file) {
-        std::vector<PyTable> tables;
-        for (const Table& table : file.tables()) tables.push_back({table, nullptr});
-        return tables;
-      });
+      .def_property_readonly("io_engine", &TableFile::io_engine)
+      .def("tables", [](const TableFile& file) { return py_tables(file.tables()); });
+  py::class_<MappedTables>(module, "MappedTables")
+      .def(py::init([](const std::filesystem::path& path) {
+             py::gil_scoped_release release;
+             return std::make_unique<MappedTables>(map_table_file(path));
+           }),
+           py::arg("path"))
+      .def_property_readonly("guarded",
+                             [](const MappedTables& mapped) { return mapped.file->guarded(); })
+      .def("tables", [](const MappedTables& mapped) { return py_tables(mapped.tables); });
   module.def(
       "write_table_file",
-      [](const std::string& path, const std::vector<PyTable>& tables) {
+      [](const std::filesystem::path& path, const std::vector<PyTable>& tables) {
         const std::vector<TableData> data = table_data(tables);
         py::gil_scoped_release release;
         write_table_file(path, data, interrupted);
@@ -248,8 +270,13 @@ void bind_ledger(py::module_& module) {
            })
       .def("totals", [](const Ledger& ledger) { return totals_dict(ledger.totals()); })
       .def("clear", &Ledger::clear)
-      .def("write_chrome_trace", &Ledger::write_chrome_trace, py::arg("path"),
-           py::call_guard<py::gil_scoped_release>());
+      .def(
+          "write_chrome_trace",
+          [](const Ledger& ledger, const std::filesystem::path& path) {
+            py::gil_scoped_release release;
+            ledger.write_chrome_trace(path);
+          },
+          py::arg("path"));
 }
 
 void bind_prefetcher(py::module_& module) {

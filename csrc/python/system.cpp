@@ -32,8 +32,14 @@ void translate(std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-
         // OSError(errno, text, path) becomes FileNotFoundError and friends by itself. A file that
         // is readable but wrong has no errno of its own: EIO is the closest.
         const int code = error.system_errno() != 0 ? error.system_errno() : EIO;
+        // A path is bytes; those that are not UTF-8 come out as os.fsdecode() has them.
+        const auto path =
+            py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.path().c_str()));
+        const auto text =
+            py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
+        if (!path || !text) return;
         py::object instance = py::reinterpret_steal<py::object>(
-            PyObject_CallFunction(PyExc_OSError, "iss", code, error.what(), error.path().c_str()));
+            PyObject_CallFunction(PyExc_OSError, "iOO", code, text.ptr(), path.ptr()));
         if (instance) {
           PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(instance.ptr())), instance.ptr());
         }

@@ -100,7 +100,6 @@ def test_an_existing_file_is_used_if_it_is_the_same(tmp_path):
     [
         ({"tier": "gpu"}, ValueError, 'tier: expected "ram" or "disk"'),
         ({"tier": "disk"}, ValueError, "path: expected the path of the table file, got None"),
-        ({"tier": "ram", "path": "x"}, ValueError, "path: expected None"),
         ({"tier": "ram", "cache_bytes": -1}, ValueError, "cache_bytes: expected at least 0"),
         ({"tier": "ram", "device": "cuda"}, RuntimeError, "device: expected cpu, got cuda"),
         ({"tier": "disk", "path": "/no/such/folder/file"}, OSError, "cannot create"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import os
 import threading
 
 import numpy as np
@@ -299,3 +300,57 @@ def test_placement_is_said(tmp_path):
     with PrefetchRuntime([table], in_place=False) as runtime:
         assert not runtime.placement.in_place
         assert "in RAM, hot set" in repr(runtime)
+
+
+@pytest.mark.parametrize("io_engine", ["io_uring", "pread"])
+@pytest.mark.parametrize("direct_io", ["auto", False])
+def test_every_way_to_read_a_file(io_engine, direct_io, tmp_path):
+    table = make_table(VOCAB)
+    save_tables(tmp_path / "tables", [table])
+    try:
+        runtime = PrefetchRuntime(tmp_path / "tables", io_engine=io_engine, direct_io=direct_io)
+    except RuntimeError as error:  # not here
+        pytest.skip(str(error))
+    with runtime:
+        assert runtime.placement.io_engine == io_engine
+        assert io_engine in repr(runtime)
+        for ids in ([0, VOCAB - 1], range(VOCAB)):
+            with runtime.begin(ids) as step:
+                assert rows_match(step.wait(0), table, ids)
+
+
+def test_a_mapped_file_is_read_in_place(tmp_path):
+    tables = [make_table(VOCAB), make_table(VOCAB, tied=True, seed=1)]
+    path = tmp_path / "tables"
+    save_tables(path, tables)
+    with PrefetchRuntime(path, mapped=True) as runtime, PrefetchRuntime(path, mapped=True) as other:
+        assert (runtime.placement.tier, runtime.placement.path) == ("ram", str(path))
+        assert runtime.placement.mapped
+        assert runtime.placement.in_place
+        assert "(mapped)" in repr(runtime)
+        with runtime.begin([3, 5]) as step, other.begin([5]) as second:
+            save_tables(path, [make_table(VOCAB, seed=9)])  # replaced by rename: ours stays
+            for i, table in enumerate(tables):
+                assert rows_match(step.wait(i), table, [3, 5])
+                assert rows_match(second.wait(i), table, [5])
+        assert runtime.ledger.totals.bytes == 0
+    with PrefetchRuntime(path, mapped=True, in_place=False) as runtime:
+        assert runtime.placement.verify
+        with runtime.begin([1]) as step:
+            assert rows_match(step.wait(0), make_table(VOCAB, seed=9), [1])
+    with pytest.raises(ValueError, match="mapped: expected the path"):
+        PrefetchRuntime(tables, mapped=True)
+
+
+def test_a_path_need_not_be_utf8(tmp_path):
+    table = make_table(VOCAB)
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/t\xff\xe9")
+    save_tables(path, [table])
+    with PrefetchRuntime(path) as runtime, runtime.begin([1, 2]) as step:
+        assert rows_match(step.wait(0), table, [1, 2])
+        runtime.ledger.to_chrome_trace(path + ".json")
+    assert os.path.exists(path + ".json")
+    os.unlink(path)
+    with pytest.raises(FileNotFoundError) as caught:
+        PrefetchRuntime(path)
+    assert caught.value.filename == path

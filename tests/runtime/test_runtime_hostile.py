@@ -61,6 +61,8 @@ def test_a_layer_that_is_not_there():
         ({"cache_bytes": -1}, "cache_bytes: expected at least 0, got -1"),
         ({"ring_bytes": -1}, "ring_bytes: expected at least 0, got -1"),
         ({"num_workers": 0}, "num_workers: expected 1 to 256, got 0"),
+        ({"queue_depth": 0}, "queue_depth: expected 1 to 1024, got 0"),
+        ({"io_engine": "aio"}, "io_engine: expected"),
         ({"piece_bytes": 5000}, "piece_bytes: expected a multiple of 4096, got 5000"),
         ({"record_steps": -1}, "record_steps: expected at least 0, got -1"),
         ({"direct_io": "yes"}, "direct_io: expected True, False or"),
