@@ -1,4 +1,4 @@
-// What the disk tier makes of the disk, everything with O_DIRECT, so from a cold cache:
+// What the disk tier makes of the disk, with O_DIRECT, so past the page cache:
 //
 //   drive   the disk's own limit: the file from end to end, large reads, many at once
 //   blocks  reads of one size at random places, by size, depth and engine (the reader alone)
@@ -6,12 +6,18 @@
 //           layers, rows of 6 KiB (d_in 2048, d_emb 1024, bfloat16) granted by LZW, 4 rows a token
 //           and at most 512, verified. Bytes are those that came from the disk.
 //
+// and how long it takes until a table file is mapped and every row was read once:
+//
+//   mapped  by whether the page cache was empty before, and whether mapping populates
+//
 // steps take L3EXT_BENCH_TOKENS=tokens.bin: raw little-endian int32 ids, in which the largest id
 // ends each document. The file (2 GiB) goes to $TMPDIR.
 #include <benchmark/benchmark.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -166,6 +172,39 @@ void steps(benchmark::State& state) {
   state.SetBytesProcessed(prefetcher->ledger()->totals().bytes - before);
 }
 
+// From the mapping to the last row, read once.
+void mapped(benchmark::State& state) {
+  const bool cold = state.range(0) != 0;
+  const std::string& path = bench().path;
+  double open_seconds = 0;
+  for (auto _ : state) {
+    state.PauseTiming();
+    if (cold) {
+      const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+      ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+      ::close(fd);
+    }
+    state.ResumeTiming();
+    const auto begin = std::chrono::steady_clock::now();
+    const MappedTables tables = map_table_file(path, {.populate = state.range(1) != 0});
+    open_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    std::byte sum{0};
+    for (const Table& table : tables.tables) {
+      const std::byte* rows = table.source->memory();
+      for (int64_t at = 0; at < bench().table_bytes; at += 64) sum ^= rows[at];
+    }
+    benchmark::DoNotOptimize(sum);
+  }
+  state.SetBytesProcessed(state.iterations() * kLayers * bench().table_bytes);
+  state.counters["open_ms"] =
+      benchmark::Counter(open_seconds * 1e3, benchmark::Counter::kAvgIterations);
+}
+
+BENCHMARK(mapped)
+    ->ArgNames({"cold", "populate"})
+    ->ArgsProduct({{0, 1}, {0, 1}})
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
 BENCHMARK(drive)->ArgNames({"KiB", "depth"})->ArgsProduct({{256, 1024}, {4, 16}})->UseRealTime();
 BENCHMARK(blocks)
     ->ArgNames({"KiB", "depth", "engine"})

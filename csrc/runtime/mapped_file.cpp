@@ -44,9 +44,10 @@ MappedFile::MappedFile(std::shared_ptr<const FileReader> file, const MapOptions&
                     concat("cannot map ", bytes_, " bytes: ", std::strerror(error)));
   }
   data_ = static_cast<std::byte*>(at);
-  // File pages come in larger units then: a cold file is read 4 to 6 times as fast at first use.
+  // Pages come in larger units then: every page of 0.8 GB was there, from an empty page cache, after
+  // 0.3 to 0.4 s at first use, and after 0.3 to 2.3 s without (two cores, virtual disk, Linux 6.18).
   ::madvise(data_, bytes_, MADV_HUGEPAGE);
-  // Best effort. MAP_POPULATE would come before the advice, at half the speed.
+  // Best effort. MAP_POPULATE would come before the advice: 0.55 to 0.7 s instead of 0.25.
   if (options.populate) ::madvise(data_, bytes_, MADV_POPULATE_READ);
   if (!guarded_) return;
   sigset_t all, before;
