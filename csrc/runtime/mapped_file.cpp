@@ -44,8 +44,9 @@ MappedFile::MappedFile(std::shared_ptr<const FileReader> file, const MapOptions&
                     concat("cannot map ", bytes_, " bytes: ", std::strerror(error)));
   }
   data_ = static_cast<std::byte*>(at);
-  // Pages come in larger units then: every page of 0.8 GB was there, from an empty page cache, after
-  // 0.3 to 0.4 s at first use, and after 0.3 to 2.3 s without (two cores, virtual disk, Linux 6.18).
+  // Pages come in larger units then: every page of 0.8 GB was there, from an empty page cache,
+  // after 0.3 to 0.4 s at first use, and after 0.3 to 2.3 s without (two cores, virtual disk,
+  // Linux 6.18).
   ::madvise(data_, bytes_, MADV_HUGEPAGE);
   // Best effort. MAP_POPULATE would come before the advice: 0.55 to 0.7 s instead of 0.25.
   if (options.populate) ::madvise(data_, bytes_, MADV_POPULATE_READ);
