@@ -226,6 +226,10 @@ void memory_is_pinned_once() {
   pin.reset();
   EXPECT(fake_cudart::counts().registrations == 1);
   L3EXT_CUDA_CHECK(cudaHostUnregister(table.data()));
+
+  pin = device->pin(table.data() + 100, 100);  // a neighbour in the same pages
+  EXPECT(contains(EXPECT_THROWS(Error, device->pin(table.data(), kBytes)),
+                  "CUDA error 712, a fake error. Expected memory of which no part is pinned"));
 }
 
 void what_cannot_be_pinned_is_said() {

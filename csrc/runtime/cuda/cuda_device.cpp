@@ -95,19 +95,25 @@ void register_memory(void* memory, size_t bytes, unsigned flags) {
   const cudaError_t status = cudaHostRegister(memory, bytes, flags);
   if (status == cudaSuccess) return;
   cudaGetLastError();
+  const std::string advice =
+      status == cudaErrorHostMemoryAlreadyRegistered
+          ? "Expected memory of which no part is pinned, with whole pages of its own, or all of it "
+            "mapped to the device"
+          : concat(
+                "Expected memory that the system lets a process lock: raise the limit (ulimit "
+                "-l, now ",
+                lock_limit(), "), free memory, or serve the table from its file");
   throw Error(ErrorCode::kRuntime,
               concat("cannot pin ", bytes, " bytes of host memory at ", memory, ": CUDA error ",
-                     int{status}, ", ", cudaGetErrorString(status),
-                     ". Expected memory that the system lets a process lock: raise the limit "
-                     "(ulimit -l, now ",
-                     lock_limit(), "), free memory, or serve the table from its file"));
+                     int{status}, ", ", cudaGetErrorString(status), ". ", advice));
 }
 
+// And mapped, so that a kernel reads it at the same address.
 bool is_pinned(const void* p) {
   cudaPointerAttributes attributes = {};
   const bool known = cudaPointerGetAttributes(&attributes, p) == cudaSuccess;
   cudaGetLastError();
-  return known && attributes.type == cudaMemoryTypeHost;
+  return known && attributes.type == cudaMemoryTypeHost && attributes.devicePointer == p;
 }
 
 // CUDA registers a page once in a process, so one registration serves all who ask for the same

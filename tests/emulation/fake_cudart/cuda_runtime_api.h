@@ -48,6 +48,7 @@ struct cudaMemcpyAttributes {
 };
 struct cudaPointerAttributes {
   cudaMemoryType type;
+  void* devicePointer;
 };
 struct cudaDeviceProp {
   char name[256];

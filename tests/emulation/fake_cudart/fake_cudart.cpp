@@ -428,6 +428,8 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   attributes->type = on_device(p, 1)                  ? cudaMemoryTypeDevice
                      : within(world.registered, p, 1) ? cudaMemoryTypeHost
                                                       : cudaMemoryTypeUnregistered;
+  attributes->devicePointer =
+      attributes->type == cudaMemoryTypeUnregistered ? nullptr : const_cast<void*>(p);
   return cudaSuccess;
 }
 
