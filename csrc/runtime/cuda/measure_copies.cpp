@@ -84,6 +84,7 @@ std::vector<CopyTiming> measure_copies(Device& device) {
       if (Clock::now() >= end) return timings;
       // Apart in host memory, as blocks of a table are: the last first.
       std::vector<Copy> copies;
+      copies.reserve(static_cast<size_t>(count));
       for (int64_t i = 0; i < count; ++i) {
         copies.push_back({static_cast<std::byte*>(bench.rows) + i * bytes,
                           static_cast<std::byte*>(bench.host) + (count - 1 - i) * bytes, bytes});
