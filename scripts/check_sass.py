@@ -2,7 +2,7 @@
 
     python scripts/check_sass.py build/cpp/libl3ext.a
 
-Prints a line for every attention kernel and architecture (registers, static shared memory, stack,
+Prints a line for every kernel and architecture (registers, static shared memory, stack,
 and how often the instructions occur that matter), then what is wrong. What every kernel must and
 must not contain stands in EXPECTATIONS. Needs cuobjdump, nvdisasm and c++filt, but no GPU:
 `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` brings the first two where there is no CUDA
@@ -72,6 +72,9 @@ EXPECTATIONS = (
     ),
     # One block of 1024 threads.
     Expectation(r"::(plan|schedule)_in_block_kernel\b", 64),
+    # Two blocks of 512 threads, beside which attention's blocks find room.
+    Expectation(r"::fetch_(blocks|step)_kernel\b", 64, ("LDG.128",)),
+    Expectation(r"::claim_slots_kernel\b", 64),
 )
 
 

@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts() {
   cat <<'PARTS'
 build      180  compile the library, its tests and the Python module for this GPU
-device      20  C++: every kernel on the device against the CPU's
+device      30  C++: every kernel on the device against the CPU's; the runtime's device
 tests      150  pytest tests/gpu
 bench      100  forward, backward, decode and plan against the floor, Zipf's law
 tied        35  forward and decode of a tied table
@@ -25,6 +25,7 @@ sanitize    90  compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 peers      150  forward and backward beside what users write today
 text        60  the same as bench on real text and its real allocation
 cpp         60  the other C++ tests, the emulation's too
+fetch       60  rows from host memory: copy engines, kernel, prefetcher (needs google-benchmark)
 benchcpp    45  the C++ benchmark program (needs google-benchmark)
 PARTS
 }
@@ -45,7 +46,10 @@ build() {
   cp "$build"/_C.*.so l3ext/
 }
 
-device() { "$build/tests/cpp/cuda_device_test"; }
+device() {
+  local program
+  for program in "${device_tests[@]}"; do "$build/tests/cpp/$program"; done
+}
 
 tests() { "$python" -m pytest tests/gpu; }
 
@@ -76,7 +80,7 @@ run_bench() {
 }
 
 sanitize() {
-  local tool output sanitizer
+  local tool output sanitizer program
   sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
   if [[ ! -x $sanitizer ]]; then
     skip "no compute-sanitizer here"
@@ -87,20 +91,28 @@ sanitize() {
     skip "compute-sanitizer does not support the device here"
   fi
   for tool in memcheck racecheck initcheck synccheck; do
-    echo "== $tool"
-    "$sanitizer" --tool "$tool" --error-exitcode 1 "$build/tests/cpp/cuda_device_test"
+    for program in "${device_tests[@]}"; do
+      echo "== $tool $program"
+      local options=() # refused calls are part of the tests, which check what comes of them
+      if [[ $tool == memcheck ]]; then options=(--report-api-errors no); fi
+      "$sanitizer" --tool "$tool" "${options[@]}" --error-exitcode 1 "$build/tests/cpp/$program"
+    done
   done
 }
 
 cpp() { ctest --test-dir "$build" --output-on-failure --parallel "$(nproc)"; }
 
-benchcpp() {
-  local program=$build/benchmarks/bench_segmented_attention
+fetch() { run_program bench_prefetch prefetch-cpp; }
+
+benchcpp() { run_program bench_segmented_attention attention-cpp; }
+
+# $1: the program, $2: name of the result
+run_program() {
+  local program=$build/benchmarks/$1
   if [[ ! -x $program ]]; then
     skip "google-benchmark is not here: the C++ benchmark was not built"
   fi
-  "$program" --benchmark_filter=Cuda --benchmark_out="$out/attention-cpp.json" \
-    --benchmark_out_format=json
+  "$program" --benchmark_filter=Cuda --benchmark_out="$out/$2.json" --benchmark_out_format=json
 }
 
 # --- the rest -------------------------------------------------------------------------------------
@@ -167,6 +179,7 @@ run_part() { # $1: name, $2: seconds
 self=$PWD/scripts/$(basename "${BASH_SOURCE[0]}")
 skipped=77
 build=build/gpu
+device_tests=(cuda_device_test cuda_runtime_test)
 python=${PYTHON:-python3}
 out=
 total=580
