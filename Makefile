@@ -32,7 +32,7 @@ help:
 	@echo "make cuda-all         compile the kernels for every architecture, check them (needs nvcc, no GPU)"
 	@echo "make lint             formatting, linters and type checks"
 	@echo "make sanitize         C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make sanitize-thread  the prefetch runtime's C++ tests under ThreadSanitizer"
+	@echo "make sanitize-thread  the runtime's, the allocator's and the C ABI's tests under ThreadSanitizer"
 	@echo "make bench            C++ micro-benchmarks (needs libbenchmark-dev)"
 	@echo "make clean            remove everything that make made"
 
