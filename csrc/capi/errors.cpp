@@ -50,7 +50,7 @@ l3ext_status report_exception() noexcept {
   try {
     throw;
   } catch (const BadHandle& bad) {
-    return fail(L3EXT_ERROR_HANDLE, bad.message);
+    return fail(L3EXT_ERROR_HANDLE, bad.what());
   } catch (const Error& error) {
     return fail(error);
   } catch (const std::bad_alloc&) {

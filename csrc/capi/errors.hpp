@@ -1,7 +1,7 @@
 // The edge: no exception crosses it. They become a code, and a text of the calling thread.
 #pragma once
 
-#include <string>
+#include <stdexcept>
 #include <utility>
 
 #include "l3ext/l3ext.h"
@@ -9,8 +9,8 @@
 namespace l3ext::capi {
 
 // A handle that names nothing, which no other part of the library knows of.
-struct BadHandle {
-  std::string message;
+struct BadHandle : std::runtime_error {
+  using runtime_error::runtime_error;
 };
 
 // The code of the exception being handled; its text becomes the thread's.

@@ -17,9 +17,9 @@ std::atomic<Registry*> current = nullptr;
 uintptr_t new_handle() { return next_handle.fetch_add(1, std::memory_order_relaxed); }
 
 void throw_bad_handle(const char* argument, bool null) {
-  throw BadHandle{concat(argument, null ? ": expected a handle, got null"
+  throw BadHandle(concat(argument, null ? ": expected a handle, got null"
                                         : ": expected an open handle, got one that was closed, or "
-                                          "that is from before fork(), or of another kind")};
+                                          "that is from before fork(), or of another kind"));
 }
 
 // A child of fork() starts with a registry of its own: another thread may have held the parent's

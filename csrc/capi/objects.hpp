@@ -39,7 +39,7 @@ struct LayerRows {
   std::vector<int64_t> segment_rows;  // [segments, 2]
 
   int64_t num_rows() const { return static_cast<int64_t>(buffer->bytes()) / shape.row_bytes(); }
-  // Bytes from the start of a row.
+  // Bytes from the start of a row, whose layout is that of TableShape::row_bytes().
   int64_t value_offset() const {
     return shape.tied ? 0 : shape.d_in * static_cast<int64_t>(dtype_bytes(shape.dtype));
   }

@@ -140,6 +140,7 @@ l3ext_status l3ext_tables_save(const l3ext_tables* tables, const char* path) {
     L3EXT_CHECK(saved->path.empty(), "tables: expected tables in memory, got those of the file ",
                 saved->path);
     std::vector<TableData> data;
+    data.reserve(saved->tables.size());
     for (size_t i = 0; i < saved->tables.size(); ++i) {
       data.push_back({saved->tables[i].shape, saved->tables[i].owners, saved->rows[i]});
     }

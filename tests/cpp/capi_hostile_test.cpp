@@ -1,5 +1,6 @@
 // The C ABI in wrong hands: null, closed and foreign handles, structs of other sizes, damaged
 // files, fork, and closing under the feet of other threads.
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 #include <atomic>
@@ -179,6 +180,7 @@ void values_out_of_range() {
   const l3ext_status value = L3EXT_ERROR_VALUE;
   wrong_options("tpu:0", [](auto& o) { o.device = "tpu:0"; }, value);
   wrong_options("device", [](auto& o) { o.device = nullptr; }, value);
+  wrong_options("device", [](auto& o) { o.device = ""; }, value);
   wrong_options("cache_bytes", [](auto& o) { o.cache_bytes = -1; }, value);
   wrong_options("num_workers", [](auto& o) { o.num_workers = int64_t{1} << 32; }, value);
   wrong_options("in_place", [](auto& o) { o.in_place = 3; }, value);
@@ -335,6 +337,30 @@ void error_texts_belong_to_threads_and_are_cut() {
   EXPECT(std::string(l3ext_error_text()) == longest.substr(0, 1023));
 }
 
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // their memory has no limit
+// In a child, as a limit is the whole process's.
+void memory_that_is_not_there() {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    const std::vector<int64_t> offsets(size_t{1} << 24);
+    l3ext_table_data data = kExample.data();
+    data.vocab_size = static_cast<int64_t>(offsets.size()) - 1;
+    data.offsets = offsets.data();
+    data.frequency = nullptr;
+    data.num_rows = 0;
+    const rlimit limit = {1 << 20, 1 << 20};
+    ::setrlimit(RLIMIT_AS, &limit);
+    l3ext_tables* tables = nullptr;
+    const bool good = l3ext_tables_create(&data, 1, &tables) == L3EXT_ERROR_MEMORY &&
+                      tables == nullptr && contains(l3ext_error_text(), "memory");
+    ::_exit(good ? 0 : 1);
+  }
+  int status = -1;
+  ::waitpid(child, &status, 0);
+  EXPECT(status == 0);
+}
+#endif
+
 // Some threads use a runtime that another one closes: every call returns, with a code that says so.
 void a_runtime_is_closed_under_its_users() {
   for (int round = 0; round < 20; ++round) {
@@ -389,6 +415,12 @@ void a_forked_child_starts_anew() {
   EXPECT(l3ext_runtime_close(runtime) == L3EXT_OK);
 }
 
+// To be the last one: the process ends with open handles and running workers, and without a leak.
+void a_program_may_end_with_everything_open() {
+  l3ext_step* step = begin(example_runtime(), {3});
+  EXPECT(l3ext_step_wait(step, 0, nullptr) == L3EXT_OK);
+}
+
 }  // namespace
 
 int main() {
@@ -399,7 +431,11 @@ int main() {
   RUN(structs_of_other_headers);
   RUN(files_that_are_wrong);
   RUN(error_texts_belong_to_threads_and_are_cut);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  RUN(memory_that_is_not_there);
+#endif
   RUN(a_runtime_is_closed_under_its_users);
   RUN(a_forked_child_starts_anew);
+  RUN(a_program_may_end_with_everything_open);
   return check::failures;
 }
