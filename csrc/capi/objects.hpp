@@ -12,6 +12,7 @@
 #include "attention/plan_buffers.hpp"
 #include "capi/handles.hpp"
 #include "core/dtype.hpp"
+#include "runtime/mapped_file.hpp"
 #include "runtime/prefetcher.hpp"
 #include "runtime/table.hpp"
 
@@ -25,6 +26,7 @@ struct Tables {
   std::vector<const void*> rows;  // of each, in host memory; empty: in a file
   std::string path;               // of the file
   bool direct_io = false;
+  std::shared_ptr<const MappedFile> mapped;  // null: read
 };
 
 struct Runtime {

@@ -36,7 +36,7 @@ PrefetchOptions prefetch_options(const l3ext_runtime_options& options, const Tab
   result.cache_bytes = options.cache_bytes;
   result.ring_bytes = options.ring_bytes;
   // A disk wants many reads on their way at once, memory none.
-  const int suitable = tables.path.empty() ? 2 : 8;
+  const int suitable = tables.path.empty() || tables.mapped ? 2 : 8;
   result.num_workers = options.num_workers == 0 ? suitable : static_cast<int>(options.num_workers);
   result.in_place = flag(options.in_place, "options.in_place");
   result.queue_depth = static_cast<int>(options.queue_depth);

@@ -110,6 +110,18 @@ l3ext_status l3ext_tables_open(const char* path, int32_t direct_io, l3ext_tables
   });
 }
 
+l3ext_status l3ext_tables_map(const char* path, l3ext_tables** tables) {
+  return guarded([&] {
+    clear_result(tables, "tables");
+    MappedTables mapped = map_table_file(check_string(path, "path"));
+    auto opened = std::make_shared<Tables>();
+    opened->tables = std::move(mapped.tables);
+    opened->path = mapped.file->file().path();
+    opened->mapped = std::move(mapped.file);
+    *tables = registry().tables.add(std::move(opened));
+  });
+}
+
 l3ext_status l3ext_tables_create(const l3ext_table_data* layers, int64_t count,
                                  l3ext_tables** tables) {
   return guarded([&] {
@@ -170,6 +182,8 @@ l3ext_status l3ext_tables_describe(const l3ext_tables* tables, int64_t layer,
     facts.frequency = owners.frequency.empty() ? nullptr : owners.frequency.data();
     facts.path = described->path.empty() ? nullptr : described->path.c_str();
     facts.direct_io = described->direct_io ? 1 : 0;
+    facts.mapped = described->mapped ? 1 : 0;
+    facts.guarded = described->mapped && described->mapped->guarded() ? 1 : 0;
     write_struct(facts, info, size);
   });
 }

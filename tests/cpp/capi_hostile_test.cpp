@@ -66,6 +66,8 @@ void null_is_an_error_and_closing_it_is_none() {
 
   EXPECT_ERROR(value, "path", l3ext_tables_open(nullptr, 0, &tables));
   EXPECT_ERROR(value, "tables", l3ext_tables_open("x", 0, nullptr));
+  EXPECT_ERROR(value, "path", l3ext_tables_map(nullptr, &tables));
+  EXPECT_ERROR(value, "tables", l3ext_tables_map("x", nullptr));
   EXPECT_ERROR(value, "layers", l3ext_tables_create(nullptr, 1, &tables));
   EXPECT_ERROR(value, "tables", l3ext_tables_create(&data, 1, nullptr));
   EXPECT_ERROR(value, "options", l3ext_runtime_options_init(nullptr, 88));
@@ -285,7 +287,9 @@ void files_that_are_wrong() {
   const std::string path = temporary_path("capi_damaged");
   l3ext_tables* tables = nullptr;
   EXPECT_ERROR(L3EXT_ERROR_IO, path.c_str(), l3ext_tables_open(path.c_str(), 0, &tables));
+  EXPECT_ERROR(L3EXT_ERROR_IO, path.c_str(), l3ext_tables_map(path.c_str(), &tables));
   std::ofstream(path) << "no table file";
+  EXPECT_ERROR(L3EXT_ERROR_IO, path.c_str(), l3ext_tables_map(path.c_str(), &tables));
   EXPECT_ERROR(L3EXT_ERROR_IO, path.c_str(), l3ext_tables_open(path.c_str(), 0, &tables));
   EXPECT(tables == nullptr);
 

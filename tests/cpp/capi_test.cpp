@@ -25,10 +25,10 @@ PINNED(l3ext_table_data, dtype, 8);
 PINNED(l3ext_table_data, vocab_size, 40);
 PINNED(l3ext_table_data, rows, 72);
 PINNED(l3ext_table_data, context, 88);
-static_assert(sizeof(l3ext_table_info) == 104);
+static_assert(sizeof(l3ext_table_info) == 120);
 PINNED(l3ext_table_info, num_layers, 8);
 PINNED(l3ext_table_info, offsets, 72);
-PINNED(l3ext_table_info, direct_io, 96);
+PINNED(l3ext_table_info, guarded, 112);
 static_assert(sizeof(l3ext_runtime_options) == 88);
 PINNED(l3ext_runtime_options, device, 8);
 PINNED(l3ext_runtime_options, in_place, 32);
@@ -228,6 +228,34 @@ void tables_go_to_a_file_and_back() {
   std::remove(trace.c_str());
 }
 
+void a_file_is_mapped_and_read_in_place() {
+  const Example example(30, 8, 5);
+  const std::string path = temporary_path("capi_mapped");
+  l3ext_tables* tables = make_tables({example.data()});
+  l3ext_tables_save(tables, path.c_str());
+  l3ext_tables_close(tables);
+  for (const int64_t verify : {0, 1}) {
+    EXPECT(l3ext_tables_map(path.c_str(), &tables) == L3EXT_OK);
+    l3ext_table_info info = {};
+    info.struct_size = sizeof info;
+    EXPECT(l3ext_tables_describe(tables, 0, &info) == L3EXT_OK);
+    EXPECT(info.mapped == 1 && path == info.path);
+    l3ext_runtime_options options = default_options();
+    options.verify = verify;
+    l3ext_runtime* runtime = serve(tables, &options);
+    l3ext_step* step = begin(runtime, kIds);
+    EXPECT(l3ext_step_wait(step, 0, nullptr) == L3EXT_OK);
+    EXPECT(holds_the_rows(view_of(step, 0), example, kDistinct));
+    l3ext_step_end(step, nullptr);
+    l3ext_totals totals = {};
+    totals.struct_size = sizeof totals;
+    l3ext_runtime_totals(runtime, &totals);
+    EXPECT((totals.in_place_bytes > 0) == (verify == 0));
+    l3ext_runtime_close(runtime);
+  }
+  std::remove(path.c_str());
+}
+
 void memory_is_released_once_when_nobody_reads_it() {
   const Example example(30, 8, 5);
   std::atomic<int> released = 0;
@@ -347,6 +375,7 @@ int main() {
   RUN(rows_in_8_bits_bring_their_scales);
   RUN(tensors_show_the_rows_and_outlive_the_runtime);
   RUN(tables_go_to_a_file_and_back);
+  RUN(a_file_is_mapped_and_read_in_place);
   RUN(memory_is_released_once_when_nobody_reads_it);
   RUN(rows_are_read_in_place_or_fetched);
   RUN(steps_of_several_threads);

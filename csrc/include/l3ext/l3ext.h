@@ -90,6 +90,10 @@ enum { L3EXT_DIRECT_IO_AUTO = 0, L3EXT_DIRECT_IO_ON = 1, L3EXT_DIRECT_IO_OFF = 2
 L3EXT_API l3ext_status l3ext_tables_open(const char* path, int32_t direct_io,
                                          l3ext_tables** tables);
 
+/* The same, mapped into memory: one copy for all processes of a host, in the page cache. Rows are
+ * read in place where the runtime's `verify` is 0. */
+L3EXT_API l3ext_status l3ext_tables_map(const char* path, l3ext_tables** tables);
+
 /* One layer's table in host memory: num_rows rows of d_in key elements and d_emb value elements,
  * side by side, without gaps. Token t owns rows offsets[t] to offsets[t + 1]. In a row of INT8 or
  * FLOAT8_E4M3FN follow, from the next multiple of 4 bytes, a float32 scale of its keys and one of
@@ -132,6 +136,8 @@ typedef struct l3ext_table_info {
   const int64_t* frequency; /* [vocab_size], or null where unknown */
   const char* path;         /* of the file; null: host memory */
   int64_t direct_io;        /* 1: the file is read past the page cache */
+  int64_t mapped;           /* 1: by l3ext_tables_map() */
+  int64_t guarded;          /* 1: and stays readable if somebody writes to the file or cuts it */
 } l3ext_table_info;
 
 /* The facts of one layer's table, 0 the nearest. */

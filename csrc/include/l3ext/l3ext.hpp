@@ -74,6 +74,11 @@ class Tables : public detail::Owner<l3ext_tables, l3ext_tables_close> {
     check(l3ext_tables_open(path.c_str(), direct_io, &handle));
     return Tables(handle);
   }
+  static Tables map(const std::string& path) {
+    l3ext_tables* handle = nullptr;
+    check(l3ext_tables_map(path.c_str(), &handle));
+    return Tables(handle);
+  }
   static Tables create(const std::vector<l3ext_table_data>& layers) {
     l3ext_tables* handle = nullptr;
     check(l3ext_tables_create(layers.data(), static_cast<int64_t>(layers.size()), &handle));
