@@ -32,7 +32,7 @@ help:
 	@echo "make cuda-all         compile the kernels for every architecture, check them (needs nvcc, no GPU)"
 	@echo "make lint             formatting, linters and type checks"
 	@echo "make sanitize         C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make sanitize-thread  the prefetch runtime's C++ tests under ThreadSanitizer"
+	@echo "make sanitize-thread  the runtime's, the allocator's and the C ABI's tests under ThreadSanitizer"
 	@echo "make bench            C++ micro-benchmarks (needs libbenchmark-dev)"
 	@echo "make clean            remove everything that make made"
 
@@ -124,7 +124,7 @@ sanitize: $(VENV)/.cmake
 sanitize-thread: $(VENV)/.cmake
 	$(call configure,build/sanitize-thread,-DL3EXT_CUDA=OFF -DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=thread")
-	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure -R "runtime|prefetch|streams|async|faulty|lzw|file_table|mapped"
+	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure -R "runtime|prefetch|streams|async|faulty|lzw|file_table|mapped|capi"
 
 bench: $(VENV)/.cmake
 	$(call configure,build/cpp,-DL3EXT_BENCHMARKS=ON)

@@ -17,12 +17,14 @@ SOURCES = sorted(
     for path in (ROOT / "csrc").rglob("*")
     if path.suffix in {".cpp", ".hpp", ".cu", ".cuh", ".h", ".inl"}
 )
-# What each folder of csrc may include of the others.
+# What each folder of csrc may include of the others; "l3ext" is what stands in include/.
 ALLOWED = {
+    "include": {"l3ext"},
     "core": {"core"},
     "lzw": {"core", "lzw"},
     "attention": {"core", "attention"},
     "runtime": {"core", "runtime"},
+    "capi": {"core", "lzw", "attention", "runtime", "capi", "l3ext"},
     "python": {"core", "lzw", "attention", "runtime", "python"},
 }
 
@@ -41,10 +43,18 @@ def test_a_folder_includes_only_what_it_may(path):
     for name in includes(path):
         first = name.split("/")[0]
         assert first not in {"torch", "ATen", "c10"}, f"{name}: no native file includes torch"
-        if first in ALLOWED:
+        if first in ALLOWED or first == "l3ext":
             assert first in ALLOWED[folder], f"{folder} must not include {name}"
         if first in {"pybind11", "Python.h"}:
             assert folder == "python", f"{name}: only csrc/python knows Python"
+
+
+def test_public_headers_stand_alone():
+    headers = [path for path in SOURCES if path.relative_to(ROOT / "csrc").parts[0] == "include"]
+    assert headers
+    for path in headers:
+        for name in includes(path):
+            assert name.startswith("l3ext/") or re.fullmatch(r"[a-z_]+(\.h)?", name), name
 
 
 def test_the_built_module_needs_no_torch():
