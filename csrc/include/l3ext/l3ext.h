@@ -1,15 +1,16 @@
+/* clang-format off */
 /* l3ext for other inference stacks: lookup tables that live in host memory or in a file, fetched
  * ahead of the layers that read them. C99, needs neither Python nor torch. docs/embedding.md tells
  * the whole; examples/c shows it.
- *
- *   l3ext_tables*  tables = NULL;                          the tables of a model, nearest layer
- * first l3ext_runtime* runtime = NULL;                         serves them l3ext_step*    step =
- * NULL;                            the rows of one step, on their way l3ext_tables_open("model.l3",
- * L3EXT_DIRECT_IO_AUTO, &tables); l3ext_runtime_create(tables, NULL, &runtime);
- *   l3ext_step_begin(runtime, ids, L3EXT_INT32, count, &step);       as soon as the ids are known
- *   l3ext_step_wait(step, layer, NULL);                              before each lookup layer
- *   l3ext_step_view(step, layer, &view);                             or _attend, or _tensor
- *   l3ext_step_end(step, NULL);                                      after the last one
+ *   l3ext_tables* tables;    the tables of a model, nearest layer first
+ *   l3ext_runtime* runtime;  serves them
+ *   l3ext_step* step;        the rows of one step, on their way
+ *   l3ext_tables_open("model.l3", L3EXT_DIRECT_IO_AUTO, &tables);
+ *   l3ext_runtime_create(tables, NULL, &runtime);
+ *   l3ext_step_begin(runtime, ids, L3EXT_INT32, count, &step);  as soon as the ids are known
+ *   l3ext_step_wait(step, layer, NULL);                         before each lookup layer
+ *   l3ext_step_view(step, layer, &view);                        or _attend, or _tensor
+ *   l3ext_step_end(step, NULL);                                 after the last one
  *
  * Errors. Every function that returns l3ext_status returns L3EXT_OK or says in l3ext_error_text()
  * what was expected, what came, and which argument. A call that fails changes nothing, except that
@@ -26,6 +27,7 @@
  * library takes and gives structs of callers compiled with an older or a newer header. An older one
  * lacks the last fields: options have their defaults there. Those of a newer one that this library
  * does not know must be 0 in options, and are set to 0 in results. */
+/* clang-format on */
 #ifndef L3EXT_L3EXT_H_
 #define L3EXT_L3EXT_H_
 
