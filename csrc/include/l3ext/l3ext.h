@@ -2,9 +2,11 @@
 /* l3ext for other inference stacks: lookup tables that live in host memory or in a file, fetched
  * ahead of the layers that read them. C99, needs neither Python nor torch. docs/embedding.md tells
  * the whole; examples/c shows it.
+ *
  *   l3ext_tables* tables;    the tables of a model, nearest layer first
  *   l3ext_runtime* runtime;  serves them
  *   l3ext_step* step;        the rows of one step, on their way
+ *
  *   l3ext_tables_open("model.l3", L3EXT_DIRECT_IO_AUTO, &tables);
  *   l3ext_runtime_create(tables, NULL, &runtime);
  *   l3ext_step_begin(runtime, ids, L3EXT_INT32, count, &step);  as soon as the ids are known
