@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,29 @@ def kernel(name: str) -> Callable[[_Kernel], _Kernel]:
         return function
 
     return register
+
+
+def call(operator: Callable[..., Any], inputs: Sequence[Tensor | None], *rest: Any) -> Any:
+    """Run an operator; where no gradient can be asked for, past the step that would record one.
+
+    That step is Python of torch's own, which dispatches a second time: more than what a decode
+    step computes.
+
+    Args:
+        operator: to be called with ``*inputs, *rest``.
+        inputs: all tensors that may require a gradient.
+        rest: its other arguments.
+    """
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if recorded or torch.compiler.is_compiling():
+        return operator(*inputs, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs, *rest)
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """``tensor.detach()``, which DLPack asks for, where that makes a difference."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def queue(device: torch.device) -> tuple[int, Callable[[int], Tensor]]:

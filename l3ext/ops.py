@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from l3ext import _C
-from l3ext._operators import check_device, kernel, library, queue
+from l3ext._operators import call, check_device, detached, kernel, library, queue
 from l3ext.plans import Plan
 from l3ext.quantization import QUANTIZED_DTYPES, check_quantized_dtype
 
@@ -128,16 +128,15 @@ def segmented_attention(
         )
     _check_plan(x, plan)
     if quantized:
-        return torch.ops.l3ext.quantized_attention(
-            x, keys, values, key_scales, value_scales, *plan._arrays(), float(scale)
-        )
+        rows = (keys, values, key_scales, value_scales)
+        operator = torch.ops.l3ext.quantized_attention.default
+        return call(operator, (x, *rows), *plan._arrays(), float(scale))
     if values is keys:
         return table_attention(x, keys, plan, tied=True, scale=scale, sparse=sparse)
     if sparse:
         _check_sparse(keys=keys, values=values)
-    return torch.ops.l3ext.segmented_attention(
-        x, keys, values, *plan._arrays(), float(scale), sparse
-    )
+    operator = torch.ops.l3ext.segmented_attention.default
+    return call(operator, (x, keys, values), *plan._arrays(), float(scale), sparse)
 
 
 def table_attention(
@@ -172,9 +171,8 @@ def table_attention(
     _check_plan(x, plan)
     if sparse:
         _check_sparse(table=table)
-    return torch.ops.l3ext.table_attention(
-        x, table, d_in, tied, *plan._arrays(), float(scale), sparse
-    )
+    operator = torch.ops.l3ext.table_attention.default
+    return call(operator, (x, table), d_in, tied, *plan._arrays(), float(scale), sparse)
 
 
 def directory_attention(
@@ -228,17 +226,16 @@ def directory_attention(
             raise ValueError(f"{name}: expected {least} or more, got {value}")
     _check_plan(x, plan)
     layout = (d_emb, row_stride, value_offset, float(scale))
+    operator = torch.ops.l3ext.directory_attention.default
     if row_dtype is None or row_dtype == x.dtype:
         if scale_offset != 0:
             raise ValueError(f"scale_offset: expected 0 for rows of {x.dtype}, got {scale_offset}")
-        return torch.ops.l3ext.directory_attention(x, directory, *plan._arrays(), *layout)
+        return call(operator, (x, directory), *plan._arrays(), *layout)
     check_quantized_dtype(row_dtype)
     _check_quantized_queries(x, row_dtype)
     if scale_offset < 1:
         raise ValueError(f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}")
-    return torch.ops.l3ext.directory_attention(
-        x, directory, *plan._arrays(), *layout, row_dtype, scale_offset
-    )
+    return call(operator, (x, directory), *plan._arrays(), *layout, row_dtype, scale_offset)
 
 
 def _check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> None:
@@ -323,7 +320,7 @@ def _check_sparse(**tables: Tensor) -> None:
 # --- forward --------------------------------------------------------------------------------------
 def _queries(matrix: Tensor) -> Tensor:
     """x or dy as the kernels read it: a layout that they do not take costs a copy."""
-    matrix = matrix.detach()
+    matrix = detached(matrix)
     if matrix.stride(1) != 1 and matrix.shape[1] > 1:
         return matrix.contiguous()
     # On CUDA rows are loaded 16 bytes at a time.
@@ -346,7 +343,7 @@ def _native_plan(arguments: Sequence[Any]) -> tuple[Sequence[Tensor], int]:
 def _forward(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
     scale = rest[_PLAN_LENGTH]
     y = x.new_empty(x.shape[0], values.shape[1])
-    operands = (_queries(x), keys.detach(), values.detach(), *_native_plan(rest))
+    operands = (_queries(x), detached(keys), detached(values), *_native_plan(rest))
     _C.segmented_attention(*operands, scale, torch.get_num_threads(), y, queue(x.device))
     return y
 
@@ -358,7 +355,7 @@ def _forward_fake(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor
 
 @kernel("table_attention")
 def _table_forward(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any) -> Tensor:
-    return _forward(x, *_split(table.detach(), d_in, tied), *rest)
+    return _forward(x, *_split(detached(table), d_in, tied), *rest)
 
 
 @torch.library.register_fake("l3ext::table_attention", lib=library)
@@ -372,15 +369,15 @@ def _quantized_forward(
 ) -> Tensor:
     scale = rest[_PLAN_LENGTH]
     y = x.new_empty(x.shape[0], values.shape[1])
-    operands = (_queries(x), keys.detach(), values.detach(), *_native_plan(rest))
+    operands = (_queries(x), detached(keys), detached(values), *_native_plan(rest))
     _C.segmented_attention(
         *operands,
         scale,
         torch.get_num_threads(),
         y,
         queue(x.device),
-        key_scales.detach(),
-        value_scales.detach(),
+        detached(key_scales),
+        detached(value_scales),
     )
     return y
 
@@ -422,7 +419,7 @@ def _backward_into(
 ) -> None:
     scale, wants_dx, wants_rows = rest[_PLAN_LENGTH : _PLAN_LENGTH + 3]
     starts, _ = _packing(rest)
-    operands = (_queries(dy), _queries(x), keys.detach(), values.detach(), *_native_plan(rest))
+    operands = (_queries(dy), _queries(x), detached(keys), detached(values), *_native_plan(rest))
     gradients = (dx if wants_dx else None, *((dkeys, dvalues) if wants_rows else (None, None)))
     _C.segmented_attention_backward(
         *operands, scale, torch.get_num_threads(), starts, *gradients, queue(x.device)
@@ -473,7 +470,7 @@ def _table_backward(
     rows: tuple[Tensor | None, Tensor | None] = (dtable, None)
     if not tied and dtable.ndim == 2:
         rows = _split(dtable, d_in, tied)
-    _backward_into(dy, x, *_split(table.detach(), d_in, tied), rest, dx, *rows)
+    _backward_into(dy, x, *_split(detached(table), d_in, tied), rest, dx, *rows)
     return dx, dtable
 
 

@@ -133,7 +133,10 @@ class Plan:
 
     def _arrays(self) -> tuple[Any, ...]:
         """As the operators take it: ``PLAN_ARGUMENTS``."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(getattr(self, name) for name in _FIELDS)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Plan))
 
 
 def plan(
@@ -175,7 +178,7 @@ def plan(
 
 def make_plan(token_ids: Tensor, offsets: Tensor, *, max_rows: int, check_offsets: bool) -> Plan:
     """:func:`plan` of what :func:`as_ids` and :func:`as_offsets` gave."""
-    arrays = torch.ops.l3ext.plan(token_ids.reshape(-1), offsets, check_offsets)
+    arrays = torch.ops.l3ext.plan.default(token_ids.reshape(-1), offsets, check_offsets)
     fields = (*arrays, max_rows)
     return Plan(*fields)
 

@@ -5,11 +5,73 @@
 #include <limits>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "core/error.hpp"
 
 namespace l3ext {
 namespace {
+
+// Writes the segments of a plan, token by token.
+class Segments {
+ public:
+  explicit Segments(const PlanParams& params) : p_(params) {}
+
+  void add(int64_t token, int64_t first_query) {
+    p_.segment_tokens[count_] = static_cast<int32_t>(token);
+    p_.segment_queries[count_] = static_cast<int32_t>(first_query);
+    p_.segment_rows[2 * count_] = p_.offsets[token];
+    p_.segment_rows[2 * count_ + 1] = p_.offsets[token + 1];
+    ++count_;
+  }
+
+  void finish() {
+    const int64_t all = p_.num_tokens;
+    std::fill(p_.segment_tokens + count_, p_.segment_tokens + all, -1);
+    std::fill(p_.segment_queries + count_, p_.segment_queries + all + 1, static_cast<int32_t>(all));
+    std::fill(p_.segment_rows + 2 * count_, p_.segment_rows + 2 * all, int64_t{0});
+    *p_.num_segments = static_cast<int32_t>(count_);
+    *p_.table_rows = p_.offsets[p_.vocab_size];
+  }
+
+ private:
+  const PlanParams& p_;
+  int64_t count_ = 0;
+};
+
+// Calls f(position, id) for every id, once it is known to be in the vocabulary.
+template <typename Id, typename F>
+void for_each_id(const PlanParams& params, const F& f) {
+  const Id* ids = static_cast<const Id*>(params.token_ids);
+  for (int64_t i = 0; i < params.num_tokens; ++i) {
+    const Id id = ids[i];
+    L3EXT_CHECK(id >= 0 && id < params.vocab_size, "token_ids: expected ids in [0, ",
+                params.vocab_size, "), got ", id, " at position ", i);
+    f(static_cast<int32_t>(i), id);
+  }
+}
+
+// Many ids of few tokens: each token's number of queries, then each id to its place. Ids are read
+// once: what another thread writes to them meanwhile gives a wrong plan and no worse.
+template <typename Id>
+void plan_by_counting(const PlanParams& params, Segments& segments) {
+  const std::unique_ptr<int32_t[]> tokens(new int32_t[params.num_tokens]);
+  std::vector<int32_t> next(static_cast<size_t>(params.vocab_size));
+  for_each_id<Id>(params, [&](int32_t position, Id id) {
+    tokens[position] = static_cast<int32_t>(id);
+    ++next[static_cast<size_t>(id)];
+  });
+  int32_t sum = 0;
+  for (int64_t token = 0; token < params.vocab_size; ++token) {
+    int32_t& slot = next[static_cast<size_t>(token)];
+    if (slot == 0) continue;
+    segments.add(token, sum);
+    sum += std::exchange(slot, sum);
+  }
+  for (int64_t i = 0; i < params.num_tokens; ++i) {
+    params.permutation[next[static_cast<size_t>(tokens[i])]++] = static_cast<int32_t>(i);
+  }
+}
 
 struct Entry {
   uint32_t token;
@@ -43,22 +105,35 @@ void sort_by_token(Entry* entries, Entry* spare, int64_t count, uint32_t max_tok
 }
 
 template <typename Id>
-uint32_t read_tokens(const Id* ids, int64_t count, int64_t vocab_size, Entry* entries) {
-  Id largest = 0;
+void plan_by_sorting(const PlanParams& params, Segments& segments) {
+  const int64_t count = params.num_tokens;
+  const std::unique_ptr<Entry[]> buffer(new Entry[2 * count]);
+  Entry* entries = buffer.get();
+  uint32_t max_token = 0;
+  for_each_id<Id>(params, [&](int32_t position, Id id) {
+    entries[position] = {static_cast<uint32_t>(id), position};
+    max_token = std::max(max_token, static_cast<uint32_t>(id));
+  });
+  sort_by_token(entries, entries + count, count, max_token);
   for (int64_t i = 0; i < count; ++i) {
-    const Id id = ids[i];
-    L3EXT_CHECK(id >= 0 && id < vocab_size, "token_ids: expected ids in [0, ", vocab_size,
-                "), got ", id, " at position ", i);
-    largest = std::max(largest, id);
-    entries[i] = {static_cast<uint32_t>(id), static_cast<int32_t>(i)};
+    params.permutation[i] = entries[i].position;
+    if (i == 0 || entries[i].token != entries[i - 1].token) segments.add(entries[i].token, i);
   }
-  return static_cast<uint32_t>(largest);
 }
 
 }  // namespace
 
 void check_offsets(const int64_t* offsets, int64_t vocab_size) {
   L3EXT_CHECK(offsets[0] == 0, "offsets: expected to start at 0, got ", offsets[0]);
+  // Of what never falls, no entry and no difference has a sign: looked for a vector at a time,
+  // and named below.
+  uint64_t signs = 0;
+  for (int64_t t = 0; t < vocab_size; ++t) {
+    const auto now = static_cast<uint64_t>(offsets[t]),
+               next = static_cast<uint64_t>(offsets[t + 1]);
+    signs |= next | (next - now);
+  }
+  if (signs >> 63 == 0) return;
   for (int64_t t = 0; t < vocab_size; ++t) {
     L3EXT_CHECK(offsets[t] <= offsets[t + 1], "offsets: expected never to fall, got ",
                 offsets[t + 1], " after ", offsets[t], " at index ", t + 1);
@@ -74,31 +149,18 @@ void plan(const PlanParams& params) {
               params.vocab_size);
   if (params.check_offsets) check_offsets(params.offsets, params.vocab_size);
 
-  const std::unique_ptr<Entry[]> buffer(new Entry[2 * count]);
-  Entry* entries = buffer.get();
-  const uint32_t max_token = dispatch_integer(params.token_dtype, "token_ids", [&](auto tag) {
+  Segments segments(params);
+  // Beyond so many tokens an id, walking through them all costs more than sorting the ids.
+  constexpr int64_t kTokensPerId = 4;
+  dispatch_integer(params.token_dtype, "token_ids", [&](auto tag) {
     using Id = typename decltype(tag)::type;
-    return read_tokens(static_cast<const Id*>(params.token_ids), count, params.vocab_size, entries);
+    if (params.vocab_size <= kTokensPerId * count) {
+      plan_by_counting<Id>(params, segments);
+    } else {
+      plan_by_sorting<Id>(params, segments);
+    }
   });
-  sort_by_token(entries, entries + count, count, max_token);
-
-  int64_t segments = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    params.permutation[i] = entries[i].position;
-    if (i > 0 && entries[i].token == entries[i - 1].token) continue;
-    const uint32_t token = entries[i].token;
-    params.segment_tokens[segments] = static_cast<int32_t>(token);
-    params.segment_queries[segments] = static_cast<int32_t>(i);
-    params.segment_rows[2 * segments] = params.offsets[token];
-    params.segment_rows[2 * segments + 1] = params.offsets[token + 1];
-    ++segments;
-  }
-  std::fill(params.segment_tokens + segments, params.segment_tokens + count, -1);
-  std::fill(params.segment_queries + segments, params.segment_queries + count + 1,
-            static_cast<int32_t>(count));
-  std::fill(params.segment_rows + 2 * segments, params.segment_rows + 2 * count, int64_t{0});
-  *params.num_segments = static_cast<int32_t>(segments);
-  *params.table_rows = params.offsets[params.vocab_size];
+  segments.finish();
 }
 
 }  // namespace l3ext

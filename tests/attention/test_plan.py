@@ -53,9 +53,10 @@ def test_matches_a_plain_sort(data):
     check(ids, rows)
 
 
-@pytest.mark.parametrize("count", [511, 512, 513, 5000])
+@pytest.mark.parametrize("count", [509, 510, 511, 512, 513, 5000])
 @pytest.mark.parametrize("vocab", [1, 2, 2047, 2048, 2049, 180_000, 5_000_000])
-def test_sizes_around_the_radix_sort_s_limits(count, vocab):
+def test_sizes_around_the_limits_of_each_way_to_sort(count, vocab):
+    """By counting up to 4 tokens an id, by comparison below 512 ids, else by radix."""
     ids = np.random.default_rng(count).integers(0, vocab, count).tolist()
     check([*ids, 0, vocab - 1], np.ones(vocab, dtype=np.int64))
 

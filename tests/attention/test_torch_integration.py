@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import l3ext
 from l3ext import _C
@@ -53,6 +55,51 @@ def test_opcheck_backward():
             torch.ops.l3ext.table_attention_backward.default,
             (dy, x, table, 5, False, *arrays, 1.0, *wants),
         )
+
+
+class _Names(TorchDispatchMode):
+    """Writes down which of our operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "l3ext":
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_what_may_need_a_gradient_is_recorded():
+    x, table, offsets, ids = step()
+    plan = l3ext.plan(ids, offsets)
+    expected = table_attention(x, table, plan, tied=False)
+    assert not expected.requires_grad
+    for leaf in (x, table):
+        leaf.requires_grad_()
+        recorded = table_attention(x, table, plan, tied=False)
+        assert recorded.requires_grad
+        assert torch.equal(recorded, expected)
+        with torch.no_grad():
+            unrecorded = table_attention(x, table, plan, tied=False)
+        assert not unrecorded.requires_grad
+        assert torch.equal(unrecorded, expected)
+        leaf.requires_grad_(False)
+
+
+def test_modes_and_transforms_see_the_call_without_a_gradient():
+    x, table, offsets, ids = step()
+    plan = l3ext.plan(ids, offsets)
+    with _Names() as names:
+        y = table_attention(x, table, plan, tied=False)
+    assert names.seen == ["table_attention.default"]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = table_attention(mode.from_tensor(x), mode.from_tensor(table), plan, tied=False)
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == y.shape
+    # No gradient by torch.func: an error, never zeros.
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: table_attention(x, table, plan, tied=False).sum())(x)
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.6])

@@ -132,10 +132,10 @@ void kernels_leave_no_tiles_behind() {
   std::vector<float> sums(kCount * kCount);
   const l3ext::cpu::RowBlock<l3ext::BFloat16> block = {rows.data(), kCount, kCount};
   kernels.pack(x.data(), kCount, kCount, kCount, packed.data());
-  kernels.scores(block, x.data(), kCount, packed.data(), kCount, kCount, 1, nullptr, scores.data());
+  kernels.scores(block, x.data(), kCount, packed.data(), kCount, kCount, 1, {}, scores.data());
   EXPECT(scores[7] == 32);
   EXPECT_THROWS(Error, zero_tile<0>());
-  kernels.accumulate(block, x.data(), kCount, 1, kCount, kCount, nullptr, sums.data(), kCount);
+  kernels.accumulate(block, x.data(), kCount, 1, kCount, kCount, {}, sums.data(), kCount);
   EXPECT(sums[7] == 32);
   EXPECT_THROWS(Error, zero_tile<0>());
 }

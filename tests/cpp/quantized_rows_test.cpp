@@ -86,14 +86,14 @@ void scores_and_sums_meet_exact_elements() {
         for (int64_t q = 0; q < queries && k + q < depth; ++q) x[q * depth + k + q] = 1;
         kernels.pack(x.data(), depth, queries, depth, packed.data());
         kernels.scores({row.data(), depth, 1}, x.data(), depth, packed.data(), queries, depth, 1.0f,
-                       nullptr, scores.data());
+                       {}, scores.data());
         for (int64_t q = 0; q < queries && k + q < depth; ++q) {
           exact = exact && scores[q] == value_of(row[k + q]);
         }
       }
       EXPECT(exact);
       const std::vector<float> weights(padded, 1.0f);
-      kernels.accumulate({row.data(), depth, 1}, weights.data(), 1, padded, queries, depth, nullptr,
+      kernels.accumulate({row.data(), depth, 1}, weights.data(), 1, padded, queries, depth, {},
                          out.data(), depth);
       for (int64_t i = 0; i < queries * depth; ++i) {
         exact = exact && out[i] == value_of(row[i % depth]);

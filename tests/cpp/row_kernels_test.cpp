@@ -140,7 +140,7 @@ void check_scores(const RowKernels<T>& kernels, const Shape& shape, std::mt19937
   const double scale = depth % 2 == 0 ? 1.0 : -0.75;
   kernels.pack(x.stored.data(), depth, queries, depth, packed.data());
   kernels.scores(rows.block(), x.stored.data(), depth, packed.data(), queries, depth,
-                 static_cast<Acc>(scale), nullptr, scores.data());
+                 static_cast<Acc>(scale), {}, scores.data());
   const std::string name =
       l3ext::concat(row_count, " rows, ", queries, " queries, ", depth, " deep");
   for (int64_t r = 0; r < row_count; ++r) {
@@ -205,7 +205,7 @@ void check_sums(CpuIsa isa, const RowKernels<T>& kernels, const Shape& shape, bo
   const Guarded<Acc> out(before.stored.size());
   std::copy_n(before.stored.data(), out.size(), out.data());
   kernels.accumulate(rows.block(), weights.stored.data(), weights.stride, weights.row_stride,
-                     outputs, columns, nullptr, out.data(), before.stride);
+                     outputs, columns, {}, out.data(), before.stride);
   // Each weight is rounded to bfloat16 where the products take it so.
   const bool rounds = std::is_same_v<T, BFloat16> && isa >= CpuIsa::kAvx512Bf16;
   const double error = 2 * static_cast<double>(row_count + 4) * kRoundoff<Acc>;
@@ -259,13 +259,13 @@ void nan_stays_where_it_belongs() {
         std::vector<Acc> scores(kRows * kernels.padded(queries));
         kernels.pack(x.stored.data(), kColumns, queries, kColumns, packed.data());
         kernels.scores(rows.block(), x.stored.data(), kColumns, packed.data(), queries, kColumns,
-                       Acc{1}, nullptr, scores.data());
+                       Acc{1}, {}, scores.data());
         std::vector<Acc> above(queries * kColumns), all(queries * kColumns);
         const Weights<Acc> weights(queries, kRows, true, random);
         for (const auto& [count, out] : {std::pair{kBad, &above}, std::pair{kRows, &all}}) {
           kernels.accumulate({rows.stored.data(), rows.stride, count}, weights.stored.data(),
-                             weights.stride, weights.row_stride, queries, kColumns, nullptr,
-                             out->data(), kColumns);
+                             weights.stride, weights.row_stride, queries, kColumns, {}, out->data(),
+                             kColumns);
         }
         bool right = true;
         for (int64_t q = 0; q < queries; ++q) {

@@ -225,17 +225,15 @@ class Backward {
       kernels_.load(saved.dy + q * p_.d_emb, work.dy + q * stride_, p_.d_emb);
     }
     kernels_.pack(work.x, stride_, queries, p_.d_in, work.packed);
-    kernels_.scores(keys, work.x, stride_, work.packed, queries, p_.d_in, scale, values.data,
-                    saved.p);
+    kernels_.scores(keys, work.x, stride_, work.packed, queries, p_.d_in, scale, values, saved.p);
     kernels_.exponentials(saved.p, rows, queries, work.softmax_sums);
     kernels_.pack(work.dy, stride_, queries, p_.d_emb, work.packed);
-    kernels_.scores(values, work.dy, stride_, work.packed, queries, p_.d_emb, Acc{1}, keys.data,
+    kernels_.scores(values, work.dy, stride_, work.packed, queries, p_.d_emb, Acc{1}, keys,
                     saved.ds);
     kernels_.softmax_backward(saved.p, work.softmax_sums, saved.ds, rows, queries, scale);
     if (!wants_dx()) return;
     std::fill_n(work.sums, queries * stride_, Acc{});
-    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, nullptr, work.sums,
-                        stride_);
+    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, {}, work.sums, stride_);
     for (int64_t q = 0; q < queries; ++q) {
       kernels_.store(work.sums + q * stride_, Acc{1}, at(p_.dx, positions[q]), p_.d_in);
     }
@@ -257,7 +255,7 @@ class Backward {
       if (segment.rows() > 1) {
         for (const Saved& part : parts) {
           kernels_.accumulate({part.x, p_.d_in, part.queries}, part.ds + r * part.padded,
-                              part.padded, 1, count, p_.d_in, nullptr, sums, stride_);
+                              part.padded, 1, count, p_.d_in, {}, sums, stride_);
         }
       }
       if (!tied()) {
@@ -266,7 +264,7 @@ class Backward {
       }
       for (const Saved& part : parts) {
         kernels_.accumulate({part.dy, p_.d_emb, part.queries}, part.p + r * part.padded,
-                            part.padded, 1, count, p_.d_emb, nullptr, sums, stride_);
+                            part.padded, 1, count, p_.d_emb, {}, sums, stride_);
       }
       write(tied() ? p_.dkeys : p_.dvalues, p_.d_emb);
     }

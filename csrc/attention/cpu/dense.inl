@@ -4,6 +4,7 @@
 // the weights are broadcast. 16-bit rows are widened block by block in the first-level cache.
 
 constexpr int kVectors = L3EXT_DENSE_VECTORS;    // of queries
+constexpr int kPanels = 2;                       // of so many vectors, that share a reading of rows
 constexpr int kTile = L3EXT_DENSE_ACCUMULATORS;  // vectors of sums that the registers hold
 
 // --- packing ----------------------------------------------------------------------------------
@@ -43,10 +44,10 @@ void pack_queries(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth
 // ahead: the rows, as they are stored, that are read next.
 template <typename T, int kRows, int kQ>
 inline void score_tile(const Accumulator<T>* rows, int64_t row_stride, const RowBlock<T>& ahead,
-                       const Accumulator<T>* packed, int64_t depth, bool first,
+                       const Accumulator<T>* packed, int64_t ld, int64_t depth, bool first,
                        Accumulator<T> scale, Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
-  constexpr int kStep = kLanes<Acc>, ld = kQ * kStep;
+  constexpr int kStep = kLanes<Acc>;
   Vec<Acc> sums[kRows][kQ];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -92,60 +93,75 @@ constexpr int64_t kTilesOfGroup = 4;
 
 template <typename T, int kRows, int kQ>
 inline void score_rows(const RowBlock<T>& rows, const RowBlock<T>& ahead,
-                       const Accumulator<T>* packed, int64_t depth, bool first,
+                       const Accumulator<T>* packed, int64_t ld, int64_t depth, bool first,
                        Accumulator<T> scale, Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
   // One vector of queries uses each element once: it must be in the first-level cache by then.
   if constexpr (std::is_same_v<T, Acc> && kQ > 1) {
-    score_tile<T, kRows, kQ>(rows.data, rows.stride, ahead, packed, depth, first, scale, scores);
+    score_tile<T, kRows, kQ>(rows.data, rows.stride, ahead, packed, ld, depth, first, scale,
+                             scores);
   } else {
     alignas(64) Acc widened[kRows * kDepth];
     for (int r = 0; r < kRows; ++r) load_row(rows.row(r), widened + r * kDepth, depth);
-    score_tile<T, kRows, kQ>(widened, kDepth, ahead, packed, depth, first, scale, scores);
+    score_tile<T, kRows, kQ>(widened, kDepth, ahead, packed, ld, depth, first, scale, scores);
   }
 }
 
+// Rows of a tile. No more than a set of the first-level cache has ways: they may lie a multiple of
+// 4 KiB apart.
+constexpr int rows_of_tile(int vectors) { return kTile / vectors < 12 ? kTile / vectors : 12; }
+
+// A group of rows against kQ vectors of queries, over `depth` elements.
 template <typename T, int kQ>
-inline void score_all(const RowBlock<T>& rows, const T* next, const Accumulator<T>* packed,
-                      int64_t depth, Accumulator<T> scale, Accumulator<T>* scores) {
-  using Acc = Accumulator<T>;
-  constexpr int ld = kQ * kLanes<Acc>;
-  // No more rows than a set of the first-level cache has ways: they may lie a multiple of 4 KiB
-  // apart.
-  constexpr int kMost = kTile / kQ < 12 ? kTile / kQ : 12;
-  constexpr int64_t kGroup = kTilesOfGroup * kMost;
-  for (int64_t group = 0; group < rows.count; group += kGroup) {
-    const int64_t end = group + kGroup < rows.count ? group + kGroup : rows.count;
-    const T* after = row_ahead(rows, end, next);
-    for (int64_t k = 0; k < depth; k += kDepth) {
-      const int64_t count = depth - k < kDepth ? depth - k : kDepth;
-      const Acc factor = k + count == depth ? scale : Acc{1};
-      int64_t r = group;
-      const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
-        for (; r + kRows <= end; r += kRows) {
-          const RowBlock<T> tile = {rows.row(r) + k, rows.stride, kRows};
-          const RowBlock<T> ahead = {after + (r - group) * rows.stride + k, rows.stride, kRows};
-          score_rows<T, kRows, kQ>(tile, ahead, packed + k * ld, count, k == 0, factor,
-                                   scores + r * ld);
-        }
-      };
-      run(std::integral_constant<int, kMost>{});
-      if constexpr (kMost > 4) run(std::integral_constant<int, 4>{});
-      run(std::integral_constant<int, 1>{});
+inline void score_panel(const RowBlock<T>& rows, const T* ahead, const Accumulator<T>* packed,
+                        int64_t ld, int64_t depth, bool first, Accumulator<T> scale,
+                        Accumulator<T>* scores) {
+  constexpr int kMost = rows_of_tile(kQ);
+  int64_t r = 0;
+  const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    for (; r + kRows <= rows.count; r += kRows) {
+      score_rows<T, kRows, kQ>({rows.row(r), rows.stride, kRows},
+                               {ahead + r * rows.stride, rows.stride, kRows}, packed, ld, depth,
+                               first, scale, scores + r * ld);
     }
-  }
+  };
+  run(std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 4) run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 1>{});
 }
 
+// Panels of up to kVectors vectors of queries meet a group of rows in turn: so the rows come from
+// memory, or from a cache that is hardly faster, once for all of them.
 template <typename T>
 void dense_scores(const RowBlock<T>& rows, const Accumulator<T>* packed, int64_t queries,
-                  int64_t depth, Accumulator<T> scale, const T* next, Accumulator<T>* scores) {
-  const int64_t vectors = (queries + kLanes<Accumulator<T>> - 1) / kLanes<Accumulator<T>>;
-  if (vectors == 1) score_all<T, 1>(rows, next, packed, depth, scale, scores);
-  if constexpr (kVectors >= 2) {
-    if (vectors == 2) score_all<T, 2>(rows, next, packed, depth, scale, scores);
-  }
-  if constexpr (kVectors >= 3) {
-    if (vectors == 3) score_all<T, 3>(rows, next, packed, depth, scale, scores);
+                  int64_t depth, Accumulator<T> scale, const RowBlock<T>& next,
+                  Accumulator<T>* scores) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kStep = kLanes<Acc>;
+  const int64_t vectors = (queries + kStep - 1) / kStep, ld = vectors * kStep;
+  const int64_t panels = (vectors + kVectors - 1) / kVectors;
+  const int64_t rows_of_group =
+      kTilesOfGroup * rows_of_tile(static_cast<int>((vectors + panels - 1) / panels));
+  for (int64_t r = 0; r < rows.count; r += rows_of_group) {
+    const int64_t count = rows.count - r < rows_of_group ? rows.count - r : rows_of_group;
+    const T* after = row_ahead(rows, r + count, next);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+      const Acc factor = k + part == depth ? scale : Acc{1};
+      const RowBlock<T> group = {rows.row(r) + k, rows.stride, count};
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t begin = vectors * p / panels, end = vectors * (p + 1) / panels;
+        const auto run = [&]<int kQ>(std::integral_constant<int, kQ>) {
+          if (end - begin != kQ) return;
+          score_panel<T, kQ>(group, p == 0 ? after + k : group.data,
+                             packed + k * ld + begin * kStep, ld, part, k == 0, factor,
+                             scores + r * ld + begin * kStep);
+        };
+        run(std::integral_constant<int, 1>{});
+        if constexpr (kVectors >= 2) run(std::integral_constant<int, 2>{});
+        if constexpr (kVectors >= 3) run(std::integral_constant<int, 3>{});
+      }
+    }
   }
 }
 
@@ -217,8 +233,8 @@ inline void sum_panel(const Accumulator<T>* rows, int64_t row_stride, const RowB
 
 template <typename T>
 void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
-                      int64_t weight_stride, int64_t outputs, int64_t columns, const T* next,
-                      Accumulator<T>* out, int64_t out_stride) {
+                      int64_t weight_stride, int64_t outputs, int64_t columns,
+                      const RowBlock<T>& next, Accumulator<T>* out, int64_t out_stride) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>, kColumns = L3EXT_DENSE_COLUMNS, kPanel = kColumns * kStep;
   constexpr int64_t kChunk = 64;  // rows between two visits of the sums in `out`
@@ -242,7 +258,7 @@ void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t o
     if (c < columns) {
       const RowBlock<T> tail = {rows.row(first) + c, rows.stride, count};
       stream_accumulate<T>(tail, chunk_weights, output_stride, weight_stride, outputs, columns - c,
-                           nullptr, out + c, out_stride);
+                           {}, out + c, out_stride);
     }
   }
 }

@@ -41,10 +41,10 @@ class Forward {
       return;
     }
     const std::vector<int32_t> order = longest_first(units);
-    parallel_for_ahead(
-        p_.num_threads, static_cast<int64_t>(order.size()), [&](int64_t i, int64_t next) {
-          run_unit(units[order[i]], next < 0 ? nullptr : first_row(units[order[next]]));
-        });
+    parallel_for_ahead(p_.num_threads, static_cast<int64_t>(order.size()),
+                       [&](int64_t i, int64_t next) {
+                         run_unit(units[order[i]], next < 0 ? nullptr : &units[order[next]]);
+                       });
   }
 
  private:
@@ -141,11 +141,6 @@ class Forward {
     }
   }
 
-  // The row that a unit reads first.
-  const Row* first_row(const Unit& unit) const {
-    return unit.rows() == 1 ? values(unit).data : keys(unit).data;
-  }
-
   void prepare(const Unit& unit, const Work& work) const {
     for (int64_t q = 0; q < unit.queries(); ++q) {
       queries_.load(x_row(unit.query_begin + q), work.x + q * x_stride_, p_.d_in);
@@ -154,10 +149,11 @@ class Forward {
     std::fill_n(work.y, unit.queries() * y_stride_, Acc{});
   }
 
-  void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end) const {
+  // `next`: what the thread reads after these rows.
+  void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end,
+             const RowBlock<Row>& next) const {
     kernels_.scores(keys(unit).part(row_begin, row_end), work.x, x_stride_, work.packed,
-                    unit.queries(), p_.d_in, static_cast<Acc>(p_.scale),
-                    values(unit).row(row_begin),
+                    unit.queries(), p_.d_in, static_cast<Acc>(p_.scale), next,
                     work.scores + row_begin * kernels_.padded(unit.queries()));
     if constexpr (kQuantized) {
       multiply(scales(unit, quantization_->keys, /*of_values=*/false), row_begin, row_end,
@@ -173,29 +169,35 @@ class Forward {
     }
   }
 
-  // `next_row`: where the thread reads on after this unit, or null.
   void sum_values(const Unit& unit, const Work& work, int64_t column, int64_t columns,
-                  const Row* next_row) const {
+                  const RowBlock<Row>& next) const {
     RowBlock<Row> block = values(unit);
     block.data += column;
     kernels_.accumulate(block, work.scores, 1, kernels_.padded(unit.queries()), unit.queries(),
-                        columns, next_row, work.y + column, y_stride_);
+                        columns, next, work.y + column, y_stride_);
     for (int64_t q = 0; q < unit.queries(); ++q) {
       queries_.store(work.y + q * y_stride_ + column, Acc{1} / work.sums[q],
                      y_row(unit.query_begin + q) + column, columns);
     }
   }
 
-  void run_unit(const Unit& unit, const Row* next_row) const {
+  // `next`: the thread's next unit, or null.
+  void run_unit(const Unit& unit, const Unit* next) const {
     if (run_trivial(unit)) return;
     Carver sizes;
     carve(sizes, unit);
     Carver carver(thread_scratch(sizes.bytes()));
     const Work work = carve(carver, unit);
     prepare(unit, work);
-    score(unit, work, 0, unit.rows());
+    // Few queries: rows are asked for in the order in which they are read, keys as keys pass and
+    // values as values do. Many: values are wanted many rows at once.
+    const bool few = kernels_.packed_elements(unit.queries(), p_.d_in) == 0;
+    RowBlock<Row> next_keys = {}, next_values = {};
+    if (next != nullptr && next->rows() > 0) next_values = values(*next);
+    if (next != nullptr && next->rows() > 1) next_keys = keys(*next);
+    score(unit, work, 0, unit.rows(), few ? next_keys : values(unit));
     normalise(unit, work);
-    sum_values(unit, work, 0, p_.d_emb, next_row);
+    sum_values(unit, work, 0, p_.d_emb, next_values);
   }
 
   // A slice of one unit's rows or columns.
@@ -229,7 +231,8 @@ class Forward {
     constexpr int64_t kRowSlice = 64, kColumnSlice = 128;
     const auto rows = slice(units, kRowSlice, [](const Unit& unit) { return unit.rows(); });
     parallel_for(p_.num_threads, static_cast<int64_t>(rows.size()), [&](int64_t i) {
-      score(units[rows[i].unit], work[rows[i].unit], rows[i].begin, rows[i].end);
+      const auto [u, begin, end] = rows[i];
+      score(units[u], work[u], begin, end, values(units[u]).part(begin, end));
     });
     for (size_t u = 0; u < units.size(); ++u) {
       if (units[u].rows() > 1) normalise(units[u], work[u]);
@@ -237,7 +240,7 @@ class Forward {
     const auto columns = slice(units, kColumnSlice, [&](const Unit&) { return p_.d_emb; });
     parallel_for(p_.num_threads, static_cast<int64_t>(columns.size()), [&](int64_t i) {
       const auto [u, begin, end] = columns[i];
-      sum_values(units[u], work[u], begin, end - begin, nullptr);
+      sum_values(units[u], work[u], begin, end - begin, {});
     });
   }
 

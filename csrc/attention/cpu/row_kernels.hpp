@@ -43,17 +43,17 @@ struct RowKernels {
 
   // scores[r * padded(queries) + q] = scale * dot(x[q * x_stride ..], row r) over `depth` elements.
   // Each product is summed along the depth; only the kernels of AVX512-BF16 and AMX sum few
-  // queries' otherwise than many's. `next`: where the thread reads on after these rows, asked for
-  // ahead; or null.
+  // queries' otherwise than many's. `next`: rows that the thread reads after these, asked for
+  // ahead; or none.
   void (*scores)(RowBlock<T> rows, const Acc* x, int64_t x_stride, const Acc* packed,
-                 int64_t queries, int64_t depth, Acc scale, const T* next, Acc* scores);
+                 int64_t queries, int64_t depth, Acc scale, const RowBlock<T>& next, Acc* scores);
 
   // out[i * out_stride + c] += sum over r, ascending, of
   // weights[i * output_stride + r * row_stride] * row r [c], for i < outputs and c < columns.
   // Fast where out_stride is spread(columns).
   void (*accumulate)(RowBlock<T> rows, const Acc* weights, int64_t output_stride,
-                     int64_t row_stride, int64_t outputs, int64_t columns, const T* next, Acc* out,
-                     int64_t out_stride);
+                     int64_t row_stride, int64_t outputs, int64_t columns, const RowBlock<T>& next,
+                     Acc* out, int64_t out_stride);
 
   void (*load)(const T* from, Acc* to, int64_t count);
   // Multiplies by `factor` and rounds to nearest even. Null for quantised rows: nobody writes them.

@@ -46,7 +46,7 @@ void pack(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* p
 template <typename T>
 void scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride,
             const Accumulator<T>* packed, int64_t queries, int64_t depth, Accumulator<T> scale,
-            const T* next, Accumulator<T>* out) {
+            const RowBlock<T>& next, Accumulator<T>* out) {
   if (queries <= kFewQueries) {
     stream_scores<T>(rows, x, x_stride, queries, depth, scale, next, out);
   } else {
@@ -56,7 +56,7 @@ void scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride,
 
 template <typename T>
 void accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
-                int64_t row_stride, int64_t outputs, int64_t columns, const T* next,
+                int64_t row_stride, int64_t outputs, int64_t columns, const RowBlock<T>& next,
                 Accumulator<T>* out, int64_t out_stride) {
   const auto sum = outputs <= kFewQueries ? stream_accumulate<T> : dense_accumulate<T>;
   sum(rows, weights, output_stride, row_stride, outputs, columns, next, out, out_stride);
@@ -77,7 +77,7 @@ const RowKernels<T>& table() {
   using Acc = Accumulator<T>;
   static constexpr RowKernels<T> kernels = {
       .query_lanes = kLanes<Acc>,
-      .query_block = kVectors * kLanes<Acc>,
+      .query_block = kPanels * kVectors * kLanes<Acc>,
       .packed_elements = packed_elements<Acc>,
       .pack = pack<Acc>,
       .scores = scores<T>,

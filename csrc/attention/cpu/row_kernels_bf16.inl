@@ -94,7 +94,8 @@ void pack(const float* x, int64_t x_stride, int64_t queries, int64_t depth, floa
 }
 
 void scores(RowBlock<BFloat16> rows, const float* x, int64_t x_stride, const float* packed,
-            int64_t queries, int64_t depth, float scale, const BFloat16* next, float* out) {
+            int64_t queries, int64_t depth, float scale, const RowBlock<BFloat16>& next,
+            float* out) {
   if (are_few(queries)) {
     avx512::table<BFloat16>().scores(rows, x, x_stride, nullptr, queries, depth, scale, next, out);
     return;
@@ -106,7 +107,7 @@ void scores(RowBlock<BFloat16> rows, const float* x, int64_t x_stride, const flo
   BlockProduct product;
   for (int64_t r = 0; r < rows.count; r += kRows) {
     const int64_t count = smaller(kRows, rows.count - r);
-    const BFloat16* ahead = r + count < rows.count ? rows.row(r + count) : next;
+    const BFloat16* ahead = r + count < rows.count ? rows.row(r + count) : next.data;
     float* block = out + r * stride;
     for (int64_t i = 0; whole != depth && i < count; ++i) {
       _mm512_store_si512(rest + i * kDepth,
@@ -177,8 +178,8 @@ void interleave_rows(const RowBlock<BFloat16>& rows, int64_t columns, int64_t de
 
 // Of columns that are a multiple of kWords.
 void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
-                  int64_t row_stride, int64_t outputs, int64_t columns, const BFloat16* next,
-                  float* out, int64_t out_stride) {
+                  int64_t row_stride, int64_t outputs, int64_t columns,
+                  const RowBlock<BFloat16>& next, float* out, int64_t out_stride) {
   // Rows whose pairs, and outputs whose weights, are at hand at once: 8 KiB and 16 KiB.
   constexpr int64_t kRows = 128, kOutputs = 64, kPanel = 2 * kWords;
   alignas(64) uint32_t pairs[kRows / 2 * kPanel];
@@ -186,7 +187,7 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
   BlockProduct product;
   for (int64_t r = 0; r < rows.count; r += kRows) {
     const int64_t count = smaller(kRows, rows.count - r), depth = round_up(count, kDepth);
-    const BFloat16* ahead = r + count < rows.count ? rows.row(r + count) : next;
+    const BFloat16* ahead = r + count < rows.count ? rows.row(r + count) : next.data;
     for (int64_t i = 0; i < outputs; i += kOutputs) {
       const int64_t some = smaller(kOutputs, outputs - i);
       round_weights(weights + i * output_stride + r * row_stride, output_stride, row_stride, some,
@@ -205,8 +206,8 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
 }
 
 void accumulate(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
-                int64_t row_stride, int64_t outputs, int64_t columns, const BFloat16* next,
-                float* out, int64_t out_stride) {
+                int64_t row_stride, int64_t outputs, int64_t columns,
+                const RowBlock<BFloat16>& next, float* out, int64_t out_stride) {
   const int64_t whole = are_few(outputs) ? 0 : columns / kWords * kWords;
   if (whole != 0) {
     add_products(rows, weights, output_stride, row_stride, outputs, whole, next, out, out_stride);

@@ -3,9 +3,11 @@
 
 // The row that comes `ahead` rows after the first of `rows`: one of them, or what is read next.
 template <typename T>
-inline const T* row_ahead(const RowBlock<T>& rows, int64_t ahead, const T* next) {
-  if (ahead < rows.count || next == nullptr) return rows.row(ahead < rows.count ? ahead : 0);
-  return next + (ahead - rows.count) * rows.stride;
+inline const T* row_ahead(const RowBlock<T>& rows, int64_t ahead, const RowBlock<T>& next) {
+  if (ahead < rows.count) return rows.row(ahead);
+  if (next.count == 0) return rows.row(0);
+  ahead -= rows.count;  // what lies behind the last row nobody may want
+  return next.row(ahead < next.count ? ahead : next.count - 1);
 }
 
 // Into the second-level cache: the first takes it from there faster than it is used up.
@@ -78,9 +80,10 @@ inline void stream_block(const T* const* rows, const T* const* ahead, int64_t co
 
 // Rows [first, first + count), as many as a vector of kBytes has lanes or fewer.
 template <typename T, int kBytes>
-inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count, const T* next,
-                        const Accumulator<T>* x, int64_t x_stride, int64_t queries, int64_t depth,
-                        Accumulator<T> scale, Accumulator<T>* scores, int64_t ld) {
+inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count,
+                        const RowBlock<T>& next, const Accumulator<T>* x, int64_t x_stride,
+                        int64_t queries, int64_t depth, Accumulator<T> scale,
+                        Accumulator<T>* scores, int64_t ld) {
   constexpr int kRows = Words<T, kBytes>::kRows;
   const T* row[kRows];
   const T* ahead[kRows];
@@ -102,7 +105,8 @@ inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count, c
 
 template <typename T>
 void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride, int64_t queries,
-                   int64_t depth, Accumulator<T> scale, const T* next, Accumulator<T>* scores) {
+                   int64_t depth, Accumulator<T> scale, const RowBlock<T>& next,
+                   Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
   const int64_t ld = (queries + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
   std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(Acc));
@@ -179,15 +183,16 @@ constexpr int64_t kRowsAhead = 16;  // some 10 KiB: memory answers within the ti
 
 template <typename T>
 void stream_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
-                       int64_t row_stride, int64_t outputs, int64_t columns, const T* next,
-                       Accumulator<T>* out, int64_t out_stride) {
+                       int64_t row_stride, int64_t outputs, int64_t columns,
+                       const RowBlock<T>& next, Accumulator<T>* out, int64_t out_stride) {
+  const int64_t distance = rows.count < kRowsAhead ? rows.count : kRowsAhead;
   int64_t r = 0;
   const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
     const T* row[kRows];
     const T* ahead[kRows];
     for (int i = 0; i < kRows; ++i) {
       row[i] = rows.row(r + i);
-      ahead[i] = row_ahead(rows, r + i + kRowsAhead, next);
+      ahead[i] = row_ahead(rows, r + i + distance, next);
     }
     const auto* w = weights + r * row_stride;
     int64_t i = 0;
