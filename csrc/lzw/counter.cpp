@@ -190,10 +190,15 @@ void Counter::parse_all(const Documents<Token>& documents, Credits& credits, Pol
   for (int64_t i = 0; i < n; poll(i)) {
     while (offsets[document + 1] <= i) ++document;
     // A phrase inserts one codeword at most and is a token at least: until the stretch's last
-    // phrase the table does not grow, and its probes stay good.
-    const int64_t room = std::max<int64_t>(1, static_cast<int64_t>(dictionary_.room()));
+    // phrase the table does not grow, and its probes stay good. It never does with a bound that it
+    // has room for.
+    const size_t room = dictionary_.room();
+    const bool grows = max_codewords_ - num_codewords() > room;
     const int64_t begin = i;
-    const int64_t end = std::min({n, begin + kTokensPerStretch, begin + room});
+    const int64_t longest =
+        grows ? std::clamp<int64_t>(static_cast<int64_t>(room), 1, kTokensPerStretch)
+              : kTokensPerStretch;
+    const int64_t end = std::min(n, begin + longest);
     // The next stretch's tokens: the walks jump about in them, so that no hardware prefetcher
     // helps.
     for (int64_t j = end; j < std::min(n, end + kTokensPerStretch); j += kTokensPerLine<Token>) {
