@@ -206,30 +206,31 @@ void Counter::parse_all(const Documents<Token>& documents, Credits& credits, Pol
     }
     const std::span<const Guess> guesses =
         scout.guess<parse>(dictionary_, documents, document, begin, end);
-    // Parses the phrase at i, or goes on to the next document.
-    const auto parse_one = [&](const Guess* guess) {
+    // Parses the phrase at `at`, or goes on to the next document; returns where to go on.
+    const auto parse_one = [&](int64_t at, const Guess* guess) {
       const int64_t document_end = offsets[document + 1];
-      if (document_end - i < kShortest) [[unlikely]] {
-        i = document_end;
-        if (i < n) ++document;
-      } else if (guess != nullptr) {
-        i = parse_phrase<parse>(tokens, begin + guess->end, document_end, guess->probe, credits);
-      } else {
-        const auto first = static_cast<uint32_t>(tokens[i]);
-        const auto probe = i + 1 < document_end
-                               ? dictionary_.probe(first, static_cast<uint32_t>(tokens[i + 1]))
-                               : Dictionary::Probe::of(first);
-        i = parse_phrase<parse>(tokens, i + 1, document_end, probe, credits);
+      if (document_end - at < kShortest) [[unlikely]] {
+        if (document_end < n) ++document;
+        return document_end;
       }
+      if (guess != nullptr) {
+        const int64_t known = begin + guess->end;
+        return parse_phrase<parse>(tokens, known, document_end, guess->probe, credits);
+      }
+      const auto first = static_cast<uint32_t>(tokens[at]);
+      const auto probe = at + 1 < document_end
+                             ? dictionary_.probe(first, static_cast<uint32_t>(tokens[at + 1]))
+                             : Dictionary::Probe::of(first);
+      return parse_phrase<parse>(tokens, at + 1, document_end, probe, credits);
     };
     for (size_t g = 0; g < guesses.size(); ++g) {
       guesses[std::min(g + kGuessesAhead, guesses.size() - 1)].probe.prefetch();
       const int64_t guessed = begin + guesses[g].begin;
-      while (i < guessed) parse_one(nullptr);
+      while (i < guessed) i = parse_one(i, nullptr);
       if (i == guessed) [[likely]]
-        parse_one(&guesses[g]);
+        i = parse_one(i, &guesses[g]);
     }
-    while (i < end) parse_one(nullptr);
+    while (i < end) i = parse_one(i, nullptr);
   }
 }
 
