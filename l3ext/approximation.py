@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,32 @@ class DocumentSample:
     ) -> Distance:
         """Count the sample exactly and as ``count_shards`` does, and compare the allocations.
 
+        As ``distances`` of one size.
+        """
+        (distance,) = self.distances(
+            vocab_size, [(total_rows, max_rows)], parse=parse, shards=shards,
+            max_codewords=max_codewords,
+        )  # fmt: skip
+        return distance
+
+    def distances(
+        self,
+        vocab_size: int,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        parse: str = "paper",
+        shards: int = 1,
+        max_codewords: int | None = None,
+    ) -> list[Distance]:
+        """Count the sample once exactly and once as ``count_shards`` does; compare every size.
+
+        Args:
+            vocab_size: of the counters.
+            sizes: (total_rows, max_rows) of the allocations.
+            parse: "paper" or "lzw".
+            shards: of the approximate count; 1: a bound alone.
+            max_codewords: of the approximate count of the whole corpus, or None.
+
         A sample has fewer codewords than its corpus: ``max_codewords`` of further codewords than
         the single tokens shrink as the tokens do.
         """
@@ -121,14 +148,18 @@ class DocumentSample:
             [sample], vocab_size, shards=shards, parse=parse, max_codewords=bound,
             run_tokens=run_tokens,
         )  # fmt: skip
-        expected = exact.allocate(total_rows, max_rows)
-        return Distance(
-            tokens=int(sample.tokens.size),
-            documents=sample.offsets.size - 1,
-            max_codewords=bound,
-            from_exact=allocation_distance(expected, approximate.allocate(total_rows, max_rows)),
-            of_another_order=allocation_distance(expected, shuffled.allocate(total_rows, max_rows)),
-        )
+        return [
+            Distance(
+                tokens=int(sample.tokens.size),
+                documents=sample.offsets.size - 1,
+                max_codewords=bound,
+                from_exact=allocation_distance(exact.allocate(*size), approximate.allocate(*size)),
+                of_another_order=allocation_distance(
+                    exact.allocate(*size), shuffled.allocate(*size)
+                ),
+            )
+            for size in sizes
+        ]
 
 
 def _select(chunk: TokenChunk, chosen: npt.NDArray[np.bool_]) -> TokenChunk:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import l3ext
 from l3ext.planner import Link, RowFormat, choose_hot_set, hot_order, plan_tables
 from l3ext.step_sampler import StepSample, StepSampler, StepShape
+from tests.lzw.reference import ReferenceCounter
 
 LINK = Link(gigabytes_per_second=10.0, window_ms=0.0005)
 DECODE, PREFILL = StepShape("decode", 6), StepShape("prefill", 40)
@@ -161,6 +162,47 @@ def test_equals_plain_computation(seed):
         assert cost.steps[0].transfers[-1].bytes_p99 == 0  # the whole table is hot
 
 
+def zipf_corpus(vocab_size=500, count=60_000, document=80):
+    """Tokens by Zipf's law, P ~ 1 / rank, drawn through its sums; ids have nothing of the rank."""
+    generator = np.random.default_rng(3)
+    law = np.cumsum(1 / np.arange(1, vocab_size + 1))
+    ranks = np.searchsorted(law, generator.random(count) * law[-1], side="right")
+    tokens = generator.permutation(vocab_size)[ranks].astype(np.int32)
+    return tokens, np.append(np.arange(0, count, document), count)
+
+
+def test_the_shares_of_a_zipf_corpus_are_those_of_brute_force():
+    """From the tokens on, by nothing of ours: dictionaries, one token after the other, sums."""
+    tokens, offsets = zipf_corpus()
+    reference = ReferenceCounter(500)
+    reference.update(document.tolist() for document in np.split(tokens, offsets[1:-1]))
+    rows = np.array(reference.rows(2000, 64))
+    frequency = np.array([(tokens == token).sum() for token in range(500)])
+    row_traffic = np.array([rows[token] for token in tokens]).sum()  # a row for each read of one
+    counter = l3ext.LZWCounter(500)
+    counter.update(tokens, offsets)
+    shares = (0.05, 0.1, 0.2, 0.3)
+    (cost,) = plan_tables(
+        counter, sampled(tokens, [DECODE]), sizes=[(2000, 64)],
+        formats=[RowFormat(8, 8, "float32")], link=LINK, hot_shares=shares,
+    )  # fmt: skip
+    told = [hot.traffic_share for hot in cost.hot_sets[1:]]
+    for share, hot, traffic_share in zip(shares, cost.hot_sets[1:], told, strict=True):
+        kept = greedy(rows, frequency, int(share * 2000))
+        assert hot.tokens == len(kept)
+        expected = sum(int(rows[token]) for token in tokens if token in kept) / row_traffic
+        assert traffic_share == pytest.approx(expected, abs=1e-12)
+        # The tokens that own most fill the same share of the table, and no better: what a row saves
+        # is its token's frequency, which the planner goes by.
+        owners = np.argsort(-rows, kind="stable")
+        owners = owners[np.cumsum(rows[owners]) <= share * 2000]
+        assert traffic_share >= (rows * frequency)[owners].sum() / row_traffic - 1e-12
+    # A small hot set is worth a lot, and each further share of the table less than the one before.
+    assert 3 * shares[1] < told[1] < 1
+    gained = np.diff([0, *told]) / np.diff([0, *shares])
+    assert (np.diff(gained) < 0).all()
+
+
 def test_the_runtime_keeps_and_fetches_what_was_planned():
     tokens = zipf_tokens(6000)
     counter = counted(tokens)
@@ -172,7 +214,7 @@ def test_the_runtime_keeps_and_fetches_what_was_planned():
     )  # fmt: skip
     allocation = counter.allocate(240, 64)
     table = l3ext.LookupTable(data=torch.zeros(240, 48), allocation=allocation, d_in=32)
-    with l3ext.PrefetchRuntime([table], cache_bytes=10_000) as runtime:
+    with l3ext.PrefetchRuntime([table], cache_bytes=10_000, in_place=False) as runtime:
         placement = runtime.placement
         for begin, end in itertools.pairwise(sample.offsets):
             with runtime.begin(sample.ids[begin:end]) as step:

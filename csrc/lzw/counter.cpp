@@ -13,9 +13,11 @@ namespace {
 constexpr int64_t kTokensPerPoll = 1 << 18;
 
 // Long enough for the walks of a scout to be busy together, and short enough that most guesses hold
-// (98 % for prose) and what they read is still in the second-level cache.
-constexpr int64_t kTokensPerStretch = 2048;
-// So that a count is there when the parse comes to it.
+// (97 % for prose) and what they read is still in the second-level cache.
+constexpr int64_t kTokensPerStretch = 4096;
+template <typename Token>
+constexpr int64_t kTokensPerLine = 64 / sizeof(Token);
+// So that a line is in the first-level cache when the parse comes to it.
 constexpr size_t kGuessesAhead = 8;
 
 // Asks the hook once per kTokensPerPoll tokens.
@@ -123,27 +125,63 @@ void Counter::update_checked(std::span<const Token> tokens, std::span<const int6
                              const InterruptHook& interrupted) {
   check_offsets(offsets, static_cast<int64_t>(tokens.size()));
   check_tokens(tokens, offsets, static_cast<uint32_t>(vocab_size()), Poll(interrupted));
-  Journal journal{.old_size = num_codewords(), .increments = {}, .resets = {}};
+  const uint32_t old_size = num_codewords();
+  Credits credits;
   Poll poll(interrupted);
   try {
     const Documents<Token> documents{tokens.data(), offsets};
     if (parse_ == Parse::kPaper) {
-      parse_all<Parse::kPaper>(documents, journal, poll);
+      parse_all<Parse::kPaper>(documents, credits, poll);
     } else {
-      parse_all<Parse::kLzw>(documents, journal, poll);
+      parse_all<Parse::kLzw>(documents, credits, poll);
     }
+    counts_.resize(num_codewords());
   } catch (...) {
-    undo(journal);
+    dictionary_.truncate(old_size);
     throw;
   }
+  // A codeword counts 1 from the paper's insertion on, and 0 from the textbook's.
+  std::fill(counts_.data() + old_size, counts_.data() + counts_.size(),
+            parse_ == Parse::kPaper ? 1 : 0);
+  apply(credits);
   for (const Token token : tokens) ++frequency_[static_cast<size_t>(token)];
   num_tokens_ += static_cast<int64_t>(tokens.size());
+}
+
+// Parses on from a known prefix that ends before tokens[j]; returns where the next phrase starts.
+// The probe is of the prefix and tokens[j], where j < end.
+template <Parse parse, typename Token>
+[[gnu::always_inline]] inline int64_t Counter::parse_phrase(const Token* tokens, int64_t j,
+                                                            int64_t end, Dictionary::Probe probe,
+                                                            Credits& credits) {
+  for (; j < end; ++j) {
+    const uint32_t found = dictionary_.answer(probe);
+    if (found == 0) {
+      credits.increments.push_back(probe.parent());
+      if (num_codewords() != max_codewords_) [[likely]]
+        dictionary_.insert(probe);
+      return parse == Parse::kPaper ? j + 1 : j;
+    }
+    if (j + 1 == end) {
+      if (parse == Parse::kPaper) {
+        // The document's last token ends a phrase although the phrase is known.
+        credits.increments.push_back(probe.parent());
+        credits.resets.push_back({credits.increments.size(), found});
+      } else {
+        credits.increments.push_back(found);
+      }
+      return end;
+    }
+    probe = dictionary_.probe(found, static_cast<uint32_t>(tokens[j + 1]));
+  }
+  credits.increments.push_back(probe.parent());  // the textbook's last match
+  return end;
 }
 
 // Stretch by stretch: guesses the phrases of the next tokens, many at a time, and then parses them
 // in order, each from its guess on where there is one.
 template <Parse parse, typename Token, typename Poll>
-void Counter::parse_all(const Documents<Token>& documents, Journal& journal, Poll& poll) {
+void Counter::parse_all(const Documents<Token>& documents, Credits& credits, Poll& poll) {
   constexpr int64_t kShortest = parse == Parse::kPaper ? 2 : 1;  // a document with a phrase
   const auto [tokens, offsets] = documents;
   const int64_t n = offsets.back();
@@ -151,97 +189,61 @@ void Counter::parse_all(const Documents<Token>& documents, Journal& journal, Pol
   size_t document = 0;
   for (int64_t i = 0; i < n; poll(i)) {
     while (offsets[document + 1] <= i) ++document;
+    // A phrase inserts one codeword at most and is a token at least: until the stretch's last
+    // phrase the table does not grow, and its probes stay good. It never does with a bound that it
+    // has room for.
+    const size_t room = dictionary_.room();
+    const bool grows = max_codewords_ - num_codewords() > room;
     const int64_t begin = i;
-    const int64_t end = std::min(n, begin + kTokensPerStretch);
+    const int64_t longest =
+        grows ? std::clamp<int64_t>(static_cast<int64_t>(room), 1, kTokensPerStretch)
+              : kTokensPerStretch;
+    const int64_t end = std::min(n, begin + longest);
+    // The next stretch's tokens: the walks jump about in them, so that no hardware prefetcher
+    // helps.
+    for (int64_t j = end; j < std::min(n, end + kTokensPerStretch); j += kTokensPerLine<Token>) {
+      __builtin_prefetch(tokens + j);
+    }
     const std::span<const Guess> guesses =
         scout.guess<parse>(dictionary_, documents, document, begin, end);
-    size_t next = 0;
-    size_t requested = 0;
-    while (i < end) {
+    // Parses the phrase at `at`, or goes on to the next document; returns where to go on.
+    const auto parse_one = [&](int64_t at, const Guess* guess) {
       const int64_t document_end = offsets[document + 1];
-      if (document_end - i < kShortest) {
-        i = document_end;
-        if (i < n) ++document;
-        continue;
+      if (document_end - at < kShortest) [[unlikely]] {
+        if (document_end < n) ++document;
+        return document_end;
       }
-      while (next < guesses.size() && begin + guesses[next].begin < i) ++next;
-      for (; requested < std::min(guesses.size(), next + kGuessesAhead); ++requested) {
-        __builtin_prefetch(&counts_[guesses[requested].id], 1);
+      if (guess != nullptr) {
+        const int64_t known = begin + guess->end;
+        return parse_phrase<parse>(tokens, known, document_end, guess->probe, credits);
       }
-      const bool guessed = next < guesses.size() && begin + guesses[next].begin == i;
-      const Guess guess = guessed ? guesses[next] : Guess{0, 1, static_cast<uint32_t>(tokens[i])};
-      i = parse == Parse::kPaper ? parse_paper(tokens, i, document_end, guess, journal)
-                                 : parse_lzw(tokens, i, document_end, guess, journal);
+      const auto first = static_cast<uint32_t>(tokens[at]);
+      const auto probe = at + 1 < document_end
+                             ? dictionary_.probe(first, static_cast<uint32_t>(tokens[at + 1]))
+                             : Dictionary::Probe::of(first);
+      return parse_phrase<parse>(tokens, at + 1, document_end, probe, credits);
+    };
+    for (size_t g = 0; g < guesses.size(); ++g) {
+      guesses[std::min(g + kGuessesAhead, guesses.size() - 1)].probe.prefetch();
+      const int64_t guessed = begin + guesses[g].begin;
+      while (i < guessed) i = parse_one(i, nullptr);
+      if (i == guessed) [[likely]]
+        i = parse_one(i, &guesses[g]);
     }
+    while (i < end) i = parse_one(i, nullptr);
   }
 }
 
-template <typename Token>
-int64_t Counter::parse_paper(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
-                             Journal& journal) {
-  uint32_t prefix = guess.id;  // the id of tokens[i .. j)
-  int64_t j = i + guess.length;
-  uint32_t phrase = Dictionary::kNone;  // the id of tokens[i .. j], kNone where it is new
-  for (; j < end; ++j) {
-    phrase = dictionary_.find(prefix, static_cast<uint32_t>(tokens[j]));
-    // The document's last token ends a phrase whether or not the phrase is known.
-    if (phrase == Dictionary::kNone || j + 1 == end) break;
-    prefix = phrase;
+void Counter::apply(const Credits& credits) noexcept {
+  constexpr size_t kAhead = 24;  // of some nanoseconds each
+  const auto& [increments, resets] = credits;
+  size_t next = 0;
+  for (size_t i = 0; i < increments.size(); ++i) {
+    for (; next < resets.size() && resets[next].time == i; ++next) counts_[resets[next].id] = 1;
+    __builtin_prefetch(&counts_[increments[std::min(i + kAhead, increments.size() - 1)]], 1);
+    ++counts_[increments[i]];
   }
-  count_up(prefix, journal);
-  if (phrase == Dictionary::kNone) {
-    insert(prefix, static_cast<uint32_t>(tokens[j]), 1);
-  } else {
-    set_back(phrase, journal);
-  }
-  return j + 1;
-}
-
-template <typename Token>
-int64_t Counter::parse_lzw(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
-                           Journal& journal) {
-  uint32_t match = guess.id;  // the id of tokens[i .. j)
-  int64_t j = i + guess.length;
-  for (; j < end; ++j) {
-    const uint32_t longer = dictionary_.find(match, static_cast<uint32_t>(tokens[j]));
-    if (longer == Dictionary::kNone) break;
-    match = longer;
-  }
-  count_up(match, journal);
-  if (j < end) insert(match, static_cast<uint32_t>(tokens[j]), 0);
-  return j;
-}
-
-// The journal first: where it cannot grow, nothing has changed yet.
-void Counter::count_up(uint32_t id, Journal& journal) {
-  if (id < journal.old_size) journal.increments.push_back(id);
-  ++counts_[id];
-}
-
-void Counter::set_back(uint32_t id, Journal& journal) {
-  if (id < journal.old_size) {
-    journal.resets.push_back({journal.increments.size(), counts_[id], id});
-  }
-  counts_[id] = 1;
-}
-
-void Counter::insert(uint32_t parent, uint32_t token, int64_t count) {
-  if (num_codewords() == max_codewords_) return;
-  dictionary_.insert(parent, token);
-  counts_.push_back(count);
-}
-
-void Counter::undo(Journal& journal) noexcept {
-  auto& [old_size, increments, resets] = journal;
-  for (;; increments.pop_back()) {
-    for (; resets.size() > 0 && resets.back().time == increments.size(); resets.pop_back()) {
-      counts_[resets.back().id] = resets.back().old_count;
-    }
-    if (increments.size() == 0) break;
-    --counts_[increments.back()];
-  }
-  counts_.truncate(old_size);
-  dictionary_.truncate(old_size);
+  for (; next < resets.size(); ++next) counts_[resets[next].id] = 1;
 }
 
 std::vector<int64_t> Counter::codeword(uint32_t id) const {

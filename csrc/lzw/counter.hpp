@@ -71,15 +71,13 @@ class Counter {
   // An unbounded dictionary never holds as many: there is no such id, insert() throws before.
   static constexpr uint32_t kUnbounded = Dictionary::kNone;
 
-  // What an update did to codewords that were there before it, in order, so that it can be undone.
-  // At most 4 bytes a phrase and 24 a document.
-  struct Journal {
+  // What an update does to the counts once nothing can fail any more, in order: counts lie at
+  // random places, and a list of them can ask for those to come. 4 bytes a phrase.
+  struct Credits {
     struct Reset {
-      size_t time;  // increments.size() when it happened
-      int64_t old_count;
+      size_t time;  // increments.size() when the count is set back to 1
       uint32_t id;
     };
-    uint32_t old_size;               // codewords before the update
     FlatArray<uint32_t> increments;  // ids
     FlatArray<Reset> resets;
   };
@@ -88,17 +86,11 @@ class Counter {
   void update_checked(std::span<const Token> tokens, std::span<const int64_t> offsets,
                       const InterruptHook& interrupted);
   template <Parse parse, typename Token, typename Poll>
-  void parse_all(const Documents<Token>& documents, Journal& journal, Poll& poll);
-  template <typename Token>
-  int64_t parse_paper(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
-                      Journal& journal);
-  template <typename Token>
-  int64_t parse_lzw(const Token* tokens, int64_t i, int64_t end, const Guess& guess,
-                    Journal& journal);
-  void count_up(uint32_t id, Journal& journal);
-  void set_back(uint32_t id, Journal& journal);
-  void insert(uint32_t parent, uint32_t token, int64_t count);
-  void undo(Journal& journal) noexcept;
+  void parse_all(const Documents<Token>& documents, Credits& credits, Poll& poll);
+  template <Parse parse, typename Token>
+  int64_t parse_phrase(const Token* tokens, int64_t j, int64_t end, Dictionary::Probe probe,
+                       Credits& credits);
+  void apply(const Credits& credits) noexcept;
   uint32_t find_or_insert(uint32_t parent, uint32_t token);
 
   Parse parse_;

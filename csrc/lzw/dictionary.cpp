@@ -30,18 +30,9 @@ Dictionary::Dictionary(uint32_t vocab_size) : vocab_size_(vocab_size) {
   reserve_slots(vocab_size);
 }
 
-uint32_t Dictionary::insert(uint32_t parent, uint32_t token) {
-  const uint32_t id = size();
-  if (id == kNone) {
-    throw Error(ErrorCode::kRuntime,
-                "dictionary: expected at most 4294967295 codewords; count the "
-                "corpus in parts");
-  }
-  // Single tokens need no slot: a walk starts at the token's own id.
-  if (size_t{id} - vocab_size_ == capacity_) reserve_slots(size_t{id} + 1);
-  edges_.push_back({parent, token});
-  place(key_of(parent, token), id);
-  return id;
+void Dictionary::refuse() {
+  throw Error(ErrorCode::kRuntime,
+              "dictionary: expected at most 4294967295 codewords; count the corpus in parts");
 }
 
 void Dictionary::reserve_slots(size_t size) {
@@ -63,21 +54,13 @@ void Dictionary::truncate(uint32_t size) noexcept {
 uint32_t Dictionary::answer_after(const Probe& probe) const {
   for (auto i = static_cast<size_t>(probe.line_ - &lines_[0]);;) {
     i = next(i);
-    const uint32_t found = lines_[i].find(probe.key_);
+    const uint32_t found = lines_[i].find(probe.parent(), probe.token());
     if (found != 0 || lines_[i].edges <= kEdgesPerLine) return found;
   }
 }
 
-void Dictionary::place(uint64_t key, uint32_t id) noexcept {
-  for (size_t i = home(key);; i = next(i)) {
-    Line& line = lines_[i];
-    const uint32_t slot = line.edges++;
-    if (slot < kEdgesPerLine) [[likely]] {
-      line.keys[slot] = key;
-      line.ids[slot] = id;
-      return;
-    }
-  }
+void Dictionary::place(size_t line, const Slot& slot) noexcept {
+  while (!lines_[line].add(slot)) line = next(line);
 }
 
 // Reads the old table and writes the new one from front to back, and gives the old one's memory
@@ -90,7 +73,10 @@ void Dictionary::move_to(size_t size) {
   capacity_ = edges_in(size);
   for (size_t i = 0; i < lines.size(); ++i) {
     const size_t edges = std::min<size_t>(lines[i].edges, kEdgesPerLine);
-    for (size_t s = 0; s < edges; ++s) place(lines[i].keys[s], lines[i].ids[s]);
+    for (size_t s = 0; s < edges; ++s) {
+      const Slot slot = lines[i].at(s);
+      place(home(key_of(slot.parent, slot.token)), slot);
+    }
     if (i % kLinesPerRelease == 0) lines.release_front(i);
   }
 }
@@ -104,10 +90,11 @@ void Dictionary::remove_from(uint32_t size) noexcept {
   size_t i = start;
   do {
     i = next(i);
-    const Line line = std::exchange(lines_[i], {});
+    const Line line = std::exchange(lines_[i], Line{});
     const size_t edges = std::min<size_t>(line.edges, kEdgesPerLine);
     for (size_t s = 0; s < edges; ++s) {
-      if (line.ids[s] < size) place(line.keys[s], line.ids[s]);
+      const Slot slot = line.at(s);
+      if (slot.id < size) place(home(key_of(slot.parent, slot.token)), slot);
     }
   } while (i != start);
 }

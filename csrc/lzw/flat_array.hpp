@@ -3,6 +3,7 @@
 // gigabytes grows within the memory that it ends up with, and a failed growth leaves it as it was.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -46,7 +47,7 @@ class FlatArray {
   // New elements of a new array are zeros; of others they hold no value yet. Throws std::bad_alloc;
   // the array is then as it was.
   void resize(size_t size) {
-    if (size * sizeof(T) > pages_.nbytes()) reserve(size);
+    if (size * sizeof(T) > pages_.nbytes()) reserve(std::max(size, size_ / 2 * 3));
     size_ = size;
   }
   // Drops the tail and gives its memory back.

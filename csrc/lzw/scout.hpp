@@ -20,11 +20,12 @@
 
 namespace l3ext::lzw {
 
-// Tokens [begin .. begin + length) of the stretch are the codeword `id`.
+// Tokens [begin .. end) of the stretch are a codeword, probe.parent(). The probe is of that and the
+// token at `end`; where the document ends there, it asks nothing.
 struct Guess {
+  Dictionary::Probe probe;
   uint32_t begin;
-  uint32_t length;
-  uint32_t id;
+  uint32_t end;
 };
 
 // Document d is tokens[offsets[d] .. offsets[d + 1]).
@@ -45,129 +46,147 @@ class Scout {
                                size_t document, int64_t begin, int64_t end);
 
  private:
-  // Some 100 ns of work between a walk's steps: what a line takes from the last-level cache.
-  static constexpr size_t kWalks = 16;
+  // Some 250 ns of work between a walk's steps: what a line takes from memory.
+  static constexpr size_t kWalks = 32;
+  // Far shorter than a stretch, so that walks end together although documents differ in length; and
+  // far longer than a phrase, as the first guesses after a cut are wrong.
+  static constexpr int64_t kTokensPerPart = 128;
+
+  struct Part {
+    Guess* begin;
+    Guess* end;
+  };
 
   FlatArray<Guess> guesses_;
+  FlatArray<Part> parts_;
 };
 
-// One walk: a part of the stretch, phrase after phrase.
+// One walk: a part of the stretch, phrase after phrase. Positions count from the stretch's begin.
 template <Parse parse, typename Token>
 class ScoutWalk {
  public:
   ScoutWalk() = default;
-  // Guesses tokens[begin .. end) of `document` and what follows it; positions count from `stretch`.
-  ScoutWalk(const Documents<Token>& documents, size_t document, int64_t stretch, int64_t begin,
-            int64_t end, Guess* out)
-      : begin_(documents.tokens + begin),
-        end_(documents.tokens + end),
-        out_(out),
-        stretch_(documents.tokens + stretch),
-        tokens_(documents.tokens),
-        document_end_(documents.offsets.data() + document + 1) {}
+  // Guesses the phrases that start in [begin .. end), which is in the document that ends at
+  // *document_end and in those after it.
+  ScoutWalk(uint32_t begin, uint32_t end, const int64_t* document_end, Guess* out)
+      : phrase_{{}, begin, 0}, part_end_(end), out_(out), document_end_(document_end) {}
 
   Guess* out() const { return out_; }
 
-  // Goes to the first phrase at or after begin_ that needs a look-up; false where there is none.
-  bool start(const Dictionary& dictionary) {
-    for (; begin_ < end_; begin_ = tokens_ + *document_end_++) {
+  // Goes to the first phrase that needs a look-up; false where there is none. tokens: the
+  // stretch's, of which the first is tokens[first] of the corpus.
+  bool start(const Dictionary& dictionary, const Token* tokens, int64_t first) {
+    while (phrase_.begin < part_end_) {
+      // Further on than a walk can come: it has 2^31 positions, and a phrase is shorter than that.
+      const int64_t document_end = std::min<int64_t>(*document_end_++ - first, UINT32_MAX);
       // The paper's phrases end with the document's last token, known or not: it is not looked up.
-      limit_ = tokens_ + *document_end_ - (parse == Parse::kPaper ? 1 : 0);
-      if (limit_ - begin_ < 2) continue;
-      position_ = begin_ + 1;
-      look_up(dictionary, static_cast<uint32_t>(*begin_));
-      return true;
+      limit_ = static_cast<uint32_t>(document_end) - (parse == Parse::kPaper ? 1 : 0);
+      phrase_.end = phrase_.begin + 1;
+      if (phrase_.end < limit_) {
+        look_up(dictionary, tokens, static_cast<uint32_t>(tokens[phrase_.begin]));
+        return true;
+      }
+      phrase_.begin = static_cast<uint32_t>(document_end);
     }
     return false;
   }
 
   // Reads the answer to the last look-up and makes the next; false at the end of the part. Where a
   // phrase ends is not predictable, so nothing branches on it: `found` is 0 there.
-  [[gnu::always_inline]] bool step(const Dictionary& dictionary) {
-    const uint32_t found = dictionary.answer(probe_);
-    const size_t ends = Dictionary::unpredictable(size_t{found == 0});
-    *out_ = guess(probe_.parent());  // stays where the phrase ends, else the next overwrites it
+  [[gnu::always_inline]] bool step(const Dictionary& dictionary, const Token* tokens,
+                                   int64_t first) {
+    const uint32_t found = dictionary.answer(phrase_.probe);
+    const uint32_t ends = unpredictable(uint32_t{found == 0});
+    *out_ = phrase_;  // stays where the phrase ends, else the next overwrites it
     out_ += ends;
     // Where the next phrase starts if this one ends; the paper's takes the unknown token along.
-    const Token* next = parse == Parse::kPaper ? position_ + ends : position_;
-    begin_ += (next - begin_) & -static_cast<ptrdiff_t>(ends);
-    position_ = next + 1;
-    const uint32_t id = found | (static_cast<uint32_t>(*next) & -static_cast<uint32_t>(ends));
-    if (position_ < limit_ && begin_ < end_) [[likely]] {
-      look_up(dictionary, id);
+    const uint32_t next = phrase_.end + (parse == Parse::kPaper ? ends : 0);
+    phrase_.begin += (next - phrase_.begin) & -ends;
+    phrase_.end = next + 1;
+    const uint32_t id = found | (static_cast<uint32_t>(tokens[next]) & -ends);
+    if (phrase_.end < limit_ && phrase_.begin < part_end_) [[likely]] {
+      look_up(dictionary, tokens, id);
       return true;
     }
-    return begin_ < end_ && next_document(dictionary, id);
+    return phrase_.begin < part_end_ && next_document(dictionary, tokens, first, id);
   }
 
  private:
-  Guess guess(uint32_t id) const {
-    return {static_cast<uint32_t>(begin_ - stretch_), static_cast<uint32_t>(position_ - begin_),
-            id};
+  [[gnu::always_inline]] void look_up(const Dictionary& dictionary, const Token* tokens,
+                                      uint32_t id) {
+    phrase_.probe = dictionary.probe(id, static_cast<uint32_t>(tokens[phrase_.end]));
   }
-  [[gnu::always_inline]] void look_up(const Dictionary& dictionary, uint32_t id) {
-    probe_ = dictionary.probe(id, static_cast<uint32_t>(*position_));
-  }
-  bool next_document(const Dictionary& dictionary, uint32_t id) {
-    if (position_ == limit_) *out_++ = guess(id);  // the phrase that the document's end cut
-    begin_ = tokens_ + *document_end_++;
-    return start(dictionary);
+  bool next_document(const Dictionary& dictionary, const Token* tokens, int64_t first,
+                     uint32_t id) {
+    if (phrase_.end == limit_) {  // the document's end cuts the phrase
+      if (parse == Parse::kPaper) {
+        look_up(dictionary, tokens, id);  // its last token; the answer is not waited for
+      } else {
+        phrase_.probe = Dictionary::Probe::of(id);
+      }
+      *out_++ = phrase_;
+    }
+    phrase_.begin = limit_ + (parse == Parse::kPaper ? 1 : 0);
+    return start(dictionary, tokens, first);
   }
 
-  Dictionary::Probe probe_;          // of `id` = tokens [begin_ .. position_), and *position_
-  const Token* begin_ = nullptr;     // of the phrase
-  const Token* position_ = nullptr;  // it is known up to here
-  const Token* limit_ = nullptr;     // of the document: nothing is looked up from here on
-  const Token* end_ = nullptr;       // of the part: no phrase starts from here on
+  Guess phrase_;           // known up to `end`, of which the probe asks
+  uint32_t limit_ = 0;     // of the document: nothing is looked up from here on
+  uint32_t part_end_ = 0;  // no phrase starts from here on
   Guess* out_ = nullptr;
-  const Token* stretch_ = nullptr;
-  const Token* tokens_ = nullptr;
-  const int64_t* document_end_ = nullptr;
+  const int64_t* document_end_ = nullptr;  // of the document after this one
 };
 
 template <Parse parse, typename Token>
 std::span<const Guess> Scout::guess(const Dictionary& dictionary, const Documents<Token>& documents,
                                     size_t document, int64_t begin, int64_t end) {
-  struct Part {
-    Guess* begin;
-    Guess* end;
-  };
-  std::array<Part, kWalks> parts;
   std::array<ScoutWalk<parse, Token>, kWalks> walks;
   std::array<size_t, kWalks> part_of;  // walk
-  guesses_.resize(static_cast<size_t>(end - begin) + kWalks);
-  size_t num_parts = 0;
-  size_t active = 0;
+  guesses_.resize(2 * static_cast<size_t>(end - begin));
+  parts_.truncate(0);
   const std::span<const int64_t> offsets = documents.offsets;
-  for (int64_t at = begin; at < end; ++num_parts) {
-    // Cuts evenly, but between documents where it can: there a phrase does start.
-    const auto share = static_cast<int64_t>(num_parts + 1);
-    int64_t stop = begin + (end - begin) * share / static_cast<int64_t>(kWalks);
-    size_t stop_document = document;
-    while (stop < end && offsets[stop_document + 1] <= stop) ++stop_document;
-    if (stop < end && offsets[stop_document] > at) stop = offsets[stop_document];
-    // A phrase is a token or more, and a step writes one guess ahead.
-    Guess* out = guesses_.data() + (at - begin) + num_parts;
-    parts[num_parts] = {out, out};
-    walks[active] = {documents, document, begin, at, stop, out};
-    part_of[active] = num_parts;
-    if (walks[active].start(dictionary)) ++active;
-    at = stop;
-    document = stop_document;
-  }
+  const Token* tokens = documents.tokens + begin;
+  int64_t at = begin;
+  // Gives walk w the next part that has something to look up; false where there is none.
+  const auto go_on = [&](size_t w) {
+    while (at < end) {
+      // Cuts between documents where it can: there a phrase does start.
+      int64_t stop = std::min(end, at + kTokensPerPart);
+      size_t stop_document = document;
+      while (stop < end && offsets[stop_document + 1] <= stop) ++stop_document;
+      if (stop < end && offsets[stop_document] > at) stop = offsets[stop_document];
+      // A phrase is a token or more, and a step writes one guess ahead.
+      Guess* out = guesses_.data() + (at - begin) + static_cast<int64_t>(parts_.size());
+      part_of[w] = parts_.size();
+      parts_.push_back({out, out});
+      walks[w] = {static_cast<uint32_t>(at - begin), static_cast<uint32_t>(stop - begin),
+                  &offsets[document + 1], out};
+      at = stop;
+      document = stop_document;
+      if (walks[w].start(dictionary, tokens, begin)) return true;
+    }
+    return false;
+  };
+  size_t active = 0;
+  while (active < kWalks && go_on(active)) ++active;
   while (active > 0) {
     for (size_t w = 0; w < active;) {
-      if (walks[w].step(dictionary)) [[likely]] {
+      if (walks[w].step(dictionary, tokens, begin)) [[likely]] {
+        ++w;
+        continue;
+      }
+      parts_[part_of[w]].end = walks[w].out();
+      if (go_on(w)) {
         ++w;
       } else {
-        parts[part_of[w]].end = walks[w].out();
-        walks[w] = walks[--active];
+        --active;
+        walks[w] = walks[active];
         part_of[w] = part_of[active];
       }
     }
   }
   Guess* out = guesses_.data();
-  for (size_t p = 0; p < num_parts; ++p) out = std::copy(parts[p].begin, parts[p].end, out);
+  for (size_t p = 0; p < parts_.size(); ++p) out = std::copy(parts_[p].begin, parts_[p].end, out);
   return {guesses_.data(), out};
 }
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from l3ext.cli._counting import Corpus, Mode, check_writable, count_corpus
+from l3ext.cli._distance import measure, open_sample, sentence
 from l3ext.cli._output import format_bytes, parse_bytes, print_json, remark
 
 if TYPE_CHECKING:
+    from l3ext.approximation import Distance
+    from l3ext.corpus import TokenChunk
     from l3ext.planner import Link, RowFormat, TableCost
     from l3ext.step_sampler import StepShape
 
@@ -97,6 +101,7 @@ def plan(
     sizes: list[tuple[int, int]],
     options: PlanOptions,
     *,
+    sample_tokens: int,
     seed: int,
     checkpoint: Path | None,
     as_json: bool,
@@ -106,8 +111,13 @@ def plan(
     from l3ext.step_sampler import StepSampler
 
     sampler = StepSampler(options.shapes(), steps=options.steps, seed=seed)
-    counted = count_corpus(
-        corpus, mode, checkpoint=checkpoint, observe=[lambda chunk: sampler.add(chunk.tokens)]
+    sample = open_sample(mode, sample_tokens, seed)
+    observe: list[Callable[[TokenChunk], None]] = [lambda chunk: sampler.add(chunk.tokens)]
+    if sample is not None:
+        observe.append(sample.add)
+    counted = count_corpus(corpus, mode, checkpoint=checkpoint, observe=observe)
+    distances = dict(
+        zip(sizes, measure(sample, corpus.vocab_size, sizes, mode), strict=sample is not None)
     )
     counter, samples, link = counted.counter, sampler.samples(), options.rate()
     costed = functools.partial(
@@ -127,7 +137,7 @@ def plan(
                 "steps": options.steps,
                 "seed": seed,
                 "link": dataclasses.asdict(link),
-                "tables": [dataclasses.asdict(cost) for cost in costs],
+                "tables": [_as_json(cost, distances) for cost in costs],
             }
         )
     else:
@@ -140,10 +150,20 @@ def plan(
             _print_cost(cost, counter.vocab_size)
         if len(costs) > 1:
             _print_overview(costs, link)
+        for (total_rows, max_rows), distance in distances.items():
+            typer.echo(f"\nv {total_rows:,}, k {max_rows:,}: {sentence(distance)}")
     if not mode.exact:
         remark("these allocations are approximate: --shards or --max-codewords was given")
     if options.picture is not None:
         remark(f"wrote {options.picture}")
+
+
+def _as_json(cost: TableCost, distances: Mapping[tuple[int, int], Distance]) -> dict[str, Any]:
+    facts = dataclasses.asdict(cost)
+    distance = distances.get((cost.total_rows, cost.max_rows))
+    if distance is not None:
+        facts["approximation"] = dataclasses.asdict(distance)
+    return facts
 
 
 def _width(text: str) -> tuple[int, int, bool]:

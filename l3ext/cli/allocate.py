@@ -18,6 +18,7 @@ from l3ext.cli._counting import (
     merge_counters,
     open_corpus,
 )
+from l3ext.cli._distance import measure, open_sample, sentence
 from l3ext.cli._output import JsonOption, print_facts, print_json, remark
 from l3ext.cli._plan import PlanOptions, plan
 
@@ -167,22 +168,15 @@ def allocate(
     unused = LZWCounter(corpus.vocab_size, parse, max_codewords=max_codewords)
     sizes = _sizes(rows or [], caps, unused)
     if planning:
-        plan(corpus, mode, sizes, options, seed=seed, checkpoint=checkpoint, as_json=as_json)
+        plan(
+            corpus, mode, sizes, options, sample_tokens=sample_tokens, seed=seed,
+            checkpoint=checkpoint, as_json=as_json,
+        )  # fmt: skip
         return
-    sample = None
-    if sizes and not mode.exact and sample_tokens > 0:
-        from l3ext.approximation import DocumentSample
-
-        sample = DocumentSample(sample_tokens, seed=seed)
+    sample = open_sample(mode, sample_tokens if sizes else 0, seed)
     observe = [] if sample is None else [sample.add]
     counted = count_corpus(corpus, mode, checkpoint=checkpoint, observe=observe)
-    distance = None
-    if sample is not None:
-        remark("counting a sample exactly")
-        distance = sample.distance(
-            corpus.vocab_size, *sizes[0], parse=parse, shards=shards or 1,
-            max_codewords=max_codewords,
-        )  # fmt: skip
+    distance = next(iter(measure(sample, corpus.vocab_size, sizes, mode)), None)
     _grant(counted, sizes, output, distance, as_json)
 
 
@@ -271,7 +265,7 @@ def _grant(
         return
     print_facts(facts)
     if distance is not None:
-        typer.echo(_sentence(distance))
+        typer.echo(sentence(distance))
     if output is not None:
         remark(f"written to {output}")
 
@@ -285,14 +279,3 @@ def _describe(counter: LZWCounter, allocation: Allocation) -> dict[str, Any]:
         "tokens_with_max_rows": int((allocation.rows == allocation.max_rows).sum()),
         "mean_rows_per_corpus_token": rows_of_corpus / max(1, counter.num_tokens),
     }
-
-
-def _sentence(distance: Distance) -> str:
-    bound = distance.max_codewords
-    bounded = "" if bound is None else f" (and {bound:,} codewords)"
-    return (
-        f"approximate: {distance.from_exact:.4f} from the exact allocation, as sum |d - d'| / v, "
-        f"on a sample of {distance.tokens:,} tokens{bounded} in {distance.documents:,} documents; "
-        f"counted exactly in another order, the same documents are {distance.of_another_order:.4f} "
-        "from it"
-    )

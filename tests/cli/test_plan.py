@@ -123,6 +123,28 @@ def test_an_approximate_plan_says_so(arguments):
     assert json.loads(plan(arguments, "--max-codewords", 500, "--json").stdout)["exact"] is False
 
 
+def test_an_approximate_plan_says_how_far_from_exact_it_is(arguments, tokens):
+    """Of each size by itself; the sample is everything, so the distance is the tables' own."""
+    more = ["--max-codewords", 500, "--rows", "2x"]
+    result = plan(arguments, *more)
+    offsets = np.unique([0, *np.flatnonzero(tokens == 0) + 1, tokens.size])
+    bounded, exact = (l3ext.LZWCounter(200, max_codewords=bound) for bound in (500, None))
+    for counter in (bounded, exact):
+        counter.update(tokens, offsets)
+    tables = json.loads(plan(arguments, *more, "--json").stdout)["tables"]
+    assert [table["total_rows"] for table in tables] == [800, 400]
+    for table in tables:
+        size = (table["total_rows"], table["max_rows"])
+        d, d_exact = (counter.allocate(*size).rows.astype(int) for counter in (bounded, exact))
+        distance = np.abs(d - d_exact).sum() / size[0]
+        assert table["approximation"]["from_exact"] == pytest.approx(distance) != 0
+        line = f"v {size[0]}, k {size[1]}: approximate: {distance:.4f} from the exact allocation"
+        assert line in result.stdout
+    assert "from the exact" not in plan(arguments).stdout
+    assert "from the exact" not in plan(arguments, *more, "--sample-tokens", 0).stdout
+    assert "approximation" not in json.loads(plan(arguments, "--json").stdout)["tables"][0]
+
+
 def test_the_picture(arguments, tmp_path):
     pytest.importorskip("matplotlib")
     more = ["--prefill", 64, "--decode", 1, "--prefill", 256, "--memory", "9KiB"]

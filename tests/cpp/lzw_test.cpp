@@ -333,6 +333,40 @@ void a_dictionary_finds_exactly_what_it_holds() {
   }
 }
 
+// Edges whose homes are all in one sixteenth of the table, at its front, at its end, or both, so
+// that they lie far behind them and around the end: found as the table grows and shrinks.
+void edges_that_crowd_are_found() {
+  const auto hash = [](uint64_t parent, uint64_t token) {  // the dictionary's own
+    uint64_t h = ((parent << 32) | token) * 0x9E3779B97F4A7C15u;
+    h ^= h >> 32;
+    return (h * 0xD6E8FEB86659FD93u) >> 60;
+  };
+  for (const auto& [front, end] : {std::pair(true, false), {false, true}, {true, true}}) {
+    Dictionary dictionary(1);
+    std::vector<Dictionary::Edge> edges = {{0, 0}};
+    const auto check = [&] {
+      size_t wrong = 0;
+      for (uint32_t id = 1; id < edges.size(); ++id) {
+        const uint32_t expected = id < dictionary.size() ? id : Dictionary::kNone;
+        wrong += dictionary.find(edges[id].parent, edges[id].token) != expected;
+      }
+      EXPECT(wrong == 0);
+    };
+    for (uint32_t parent = 1; edges.size() < 6000; ++parent) {
+      const uint64_t place = hash(parent, 7);
+      if (!((front && place == 0) || (end && place == 15))) continue;
+      EXPECT(dictionary.find(parent, 7) == Dictionary::kNone);
+      EXPECT(dictionary.insert(parent, 7) == edges.size());
+      edges.push_back({parent, 7});
+      if (edges.size() % 50 == 0) check();
+    }
+    for (const uint32_t size : {4000U, 3999U, 700U, 1U}) {
+      dictionary.truncate(size);
+      check();
+    }
+  }
+}
+
 // Over many stretches, documents that cross them and documents shorter than a phrase.
 void stretches_change_nothing() {
   for (const auto& [documents, length] :
@@ -362,6 +396,7 @@ int main() {
   RUN(an_array_keeps_its_values_as_it_grows_and_shrinks);
   RUN(a_new_array_is_zeros);
   RUN(a_dictionary_finds_exactly_what_it_holds);
+  RUN(edges_that_crowd_are_found);
   RUN(stretches_change_nothing);
   return check::failures == 0 ? 0 : 1;
 }
