@@ -214,7 +214,7 @@ def test_the_runtime_keeps_and_fetches_what_was_planned():
     )  # fmt: skip
     allocation = counter.allocate(240, 64)
     table = l3ext.LookupTable(data=torch.zeros(240, 48), allocation=allocation, d_in=32)
-    with l3ext.PrefetchRuntime([table], cache_bytes=10_000, in_place=False) as runtime:
+    with l3ext.PrefetchRuntime([table], cache_bytes=10_000, in_place=False, poison=True) as runtime:
         placement = runtime.placement
         for begin, end in itertools.pairwise(sample.offsets):
             with runtime.begin(sample.ids[begin:end]) as step:
