@@ -164,6 +164,7 @@ void reset(const Options& options) {
   world.streams.clear();
   for (int i = 0; i < kDevices; ++i) {
     world.streams.push_back(std::make_unique<FakeStream>(FakeStream{i, false, {}}));
+    for (const auto& [begin, bytes] : world.device_memory[i]) std::free(begin);
     world.device_memory[i].clear();
   }
   world.events.clear();
