@@ -256,8 +256,8 @@ class PrefetchRuntime:
         num_workers: threads that start reads, check and copy.
         queue_depth: reads of one worker on their way at once, where the system can do that.
         mapped: map the table file instead of reading it: its rows are in RAM like any table's, in
-            one copy for all processes that map it. Whoever replaces the file must do so by rename,
-            as :func:`save_tables` does.
+            one copy for all processes that map it. Writing to them ends the process. Whoever
+            replaces the file must do so by rename, as :func:`save_tables` does.
         verify: check every block read from a file against its checksum; not where it is read in
             place.
         direct_io: read the file with O_DIRECT, past the page cache. "auto": where the file system

@@ -10,6 +10,7 @@
 #include "core/error.hpp"
 #include "python/bindings.hpp"
 #include "python/tensor_arg.hpp"
+#include "runtime/read_queue.hpp"
 
 namespace py = pybind11;
 
@@ -85,6 +86,7 @@ void bind_system(py::module_& module) {
     }
     return devices;
   });
+  module.def("why_no_uring", &why_no_uring);
   module.def("crc32c", [](const TensorArg& data) {
     check_host(data.view(), "data");
     check_contiguous(data.view(), "data");

@@ -59,7 +59,7 @@ class Device {
   // The processor reads host memory like its own: a table in RAM can be used where it lies.
   virtual bool is_host() const = 0;
 
-  // Memory for rows, aligned to a page; throws kRuntime.
+  // Memory for rows, aligned to 256 bytes or more; throws kRuntime.
   virtual void* allocate(size_t bytes) = 0;
   virtual void deallocate(void* memory, size_t bytes) noexcept = 0;  // after all work on it
   // Host memory aligned to 4096 bytes that copies read at full speed; throws kRuntime.

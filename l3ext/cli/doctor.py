@@ -54,6 +54,7 @@ def doctor(
         _memory(),
         _memlock(),
         _direct_io(directory),
+        _io_uring(),
         _shared_memory(),
     ]
     if as_json:
@@ -187,6 +188,15 @@ def _direct_io(directory: Path) -> Fact:
         f"does not work in {place}: {failure}",
         "tier disk reads through the page cache here: correct, and it takes memory for it",
     )
+
+
+def _io_uring() -> Fact:
+    from l3ext import _C
+
+    failure = _C.why_no_uring()
+    if not failure:
+        return Fact("io_uring", "works", "tier disk keeps many reads on their way by it")
+    return Fact("io_uring", failure, "tier disk reads by threads with pread instead")
 
 
 def try_direct_io(directory: Path) -> str | None:

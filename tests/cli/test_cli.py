@@ -119,6 +119,8 @@ def test_doctor(tmp_path):
 def test_doctor_where_nothing_can_be_written(tmp_path):
     assert "expected a directory" in invoke("doctor", "--directory", tmp_path / "none").stderr
     result = invoke("doctor", "--directory", "/proc", "--json")
+    (uring,) = [fact for fact in json.loads(result.stdout) if fact["name"] == "io_uring"]
+    assert uring["value"]
     (direct,) = [fact for fact in json.loads(result.stdout) if fact["name"] == "O_DIRECT"]
     assert "does not work in /proc" in direct["value"]
 
