@@ -25,11 +25,9 @@ def _buffer_name(dtype: torch.dtype) -> str:
 class LayerRows(Protocol):
     """One layer's rows of a step, as ``Step.wait`` of the prefetch runtime yields them."""
 
-    keys: Tensor  #: [rows, d_model], may be strided
-    values: Tensor  #: [rows, d_emb], may be strided
-    key_scales: Tensor | None  #: float32 [rows] of quantised rows
-    value_scales: Tensor | None
-    plan: Plan  #: of the step's tokens, over these rows
+    def attend(self, x: Tensor) -> Tensor:
+        """What every position of ``x`` [N, d_model] gets from its token's rows, [N, d_emb]."""
+        ...
 
 
 class L3Layer(nn.Module):
@@ -221,26 +219,18 @@ class L3Layer(nn.Module):
         return self.mix(torch.cat([up.view(*x.shape[:-1], self.d_up).to(x.dtype), x], dim=-1))
 
     def _attend(self, q: Tensor, plan: Plan | None, rows: LayerRows | None) -> Tensor:
-        # The queries take the table's dtype (under autocast they may differ), never the reverse:
-        # that would copy the table.
-        source = self.quantized if rows is None else rows
-        step = plan if rows is None else rows.plan
-        assert step is not None
-        if source is not None:
-            if source.key_scales is None:
-                q = q.to(source.keys.dtype)
-            return segmented_attention(
-                q,
-                source.keys,
-                source.values,
-                step,
-                key_scales=source.key_scales,
-                value_scales=source.value_scales,
-            )
+        if rows is not None:
+            return rows.attend(q)
+        assert plan is not None
+        if (table := self.quantized) is not None:
+            scales: Any = {"key_scales": table.key_scales, "value_scales": table.value_scales}
+            return segmented_attention(q, table.keys, table.values, plan, **scales)
         if self.table is None:
             raise RuntimeError(_TABLE_GONE)
+        # The queries take the table's dtype (under autocast they may differ), never the reverse:
+        # that would copy the table.
         q = q.to(self.table.dtype)
-        return table_attention(q, self.table, step, tied=self.tied, sparse=self.sparse)
+        return table_attention(q, self.table, plan, tied=self.tied, sparse=self.sparse)
 
     def extra_repr(self) -> str:
         """Sizes, as ``repr`` of the module shows them."""

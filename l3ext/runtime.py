@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -21,7 +22,9 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._operators import check_device, current_stream
+from l3ext.near_data import ALWAYS, HostTable, NearDataCosts, NearPositions, measure_attention
 from l3ext.nn import L3Layer
+from l3ext.ops import segmented_attention
 from l3ext.plans import Plan, as_ids, as_offsets, make_plan
 from l3ext.quantization import QuantizedTable
 from l3ext.tables import LookupTable, check_same_tables, save_tables
@@ -49,6 +52,8 @@ class LayerRecord:
     reused: int  #: tokens whose rows an earlier step had fetched, and the ring still held
     reused_bytes: int  #: of their rows
     in_place_bytes: int  #: of the rows that are read where the table lies
+    near: int  #: tokens whose positions attend on the host, beside the table
+    near_bytes: int  #: of their rows, which are not fetched
     spilled: bool  #: the ring was full: the step had a buffer of its own for this layer
     cancelled: bool  #: the step ended before all rows were there
     fetch_us: float  #: from the first worker's start to the last one's end
@@ -82,6 +87,8 @@ class LedgerTotals:
     reused: int
     reused_bytes: int
     in_place_bytes: int
+    near: int
+    near_bytes: int
     spilled: int  #: layers of steps that had a buffer of their own
     fetch_us: float
     exposed_us: float
@@ -126,6 +133,8 @@ class Placement:
     io_engine: Literal["io_uring", "pread"] | None  #: how the file is read
     verify: bool  #: every block is checked against its checksum when it is read
     in_place: bool  #: tables are read where they lie: no hot set, no rings, no fetches
+    near_data: bool  #: positions whose rows are not at hand attend beside the table, or may
+    near_costs: NearDataCosts | None  #: by which a step decides; None: not measured
     device: str  #: where hot set and rings are
     num_layers: int
     num_workers: int
@@ -138,9 +147,10 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """One layer's rows of a step, ready for ``segmented_attention(x, keys, values, plan)``.
+    """One layer's rows of a step, ready for :meth:`attend`, or ``segmented_attention`` over them.
 
-    Quantised rows come with the scales that it takes as ``key_scales`` and ``value_scales``.
+    Quantised rows come with the scales that it takes as ``key_scales`` and ``value_scales``. With
+    near data the positions in ``near`` have no rows here: only :meth:`attend` knows about them.
     """
 
     keys: Tensor  #: [rows, d_in], a view that may be strided; only the plan's rows are the step's
@@ -148,6 +158,38 @@ class Rows:
     plan: Plan
     key_scales: Tensor | None = None  #: float32 [rows], strided
     value_scales: Tensor | None = None
+    #: those that attend on the host, beside the table
+    near: NearPositions | None = dataclasses.field(default=None, kw_only=True)
+
+    def attend(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """:func:`l3ext.segmented_attention` of all positions, wherever their rows are.
+
+        Args:
+            x: [N, d_in], on the device of the rows; takes their dtype, unless they are quantised.
+            scale: factor of the logits.
+
+        Returns:
+            [N, d_emb], dtype of the rows, or of ``x`` if they are quantised.
+        """
+        if self.key_scales is None:
+            x = x.to(self.keys.dtype)
+        # Before the device has more to do: the host then attends beside it.
+        queries = None if self.near is None else self.near.queries(x)
+        if self.near is not None and self.near.are_all:
+            y = x.new_empty(x.shape[0], self.values.shape[1])
+        else:
+            y = segmented_attention(
+                x,
+                self.keys,
+                self.values,
+                self.plan,
+                scale,
+                key_scales=self.key_scales,
+                value_scales=self.value_scales,
+            )
+        if self.near is None or queries is None:
+            return y
+        return self.near.attend(queries, scale, y)
 
 
 class Step:
@@ -162,11 +204,25 @@ class Step:
             check_offsets=False,
         )
         self._num_segments = int(plan.num_segments)
-        self._native = runtime._native.begin(plan.segment_tokens[: self._num_segments])
+        tokens = plan.segment_tokens[: self._num_segments]
+        if runtime._host_tables:  # near data weighs how often each comes
+            counts = torch.diff(plan.segment_queries[: self._num_segments + 1])
+            tokens = torch.repeat_interleave(tokens, counts)
+        self._native = runtime._native.begin(tokens)
+        self._near = [
+            self._near_positions(layer, table, plan)
+            for layer, table in enumerate(runtime._host_tables)
+        ]
         if self._device.type != "cpu":
             plan = plan.pin_memory().to(self._device, non_blocking=True)
         self._plan = plan
         self._layers = runtime._layers
+
+    def _near_positions(self, layer: int, table: HostTable, plan: Plan) -> NearPositions | None:
+        segments = self._native.near_segments(layer)
+        if segments.size == 0:
+            return None
+        return NearPositions(table, plan, segments, self._device)
 
     def wait(self, layer: int) -> Rows:
         """Make sure that the rows of ``layer`` (0 is the nearest) are there.
@@ -189,7 +245,8 @@ class Step:
         keys, values, *scales = place.arena if spill is None else place.split(spill)
         if not on_host:
             segment_rows = segment_rows.to(self._device, non_blocking=True)
-        return Rows(keys, values, self._plan.with_rows(segment_rows), *scales)
+        near = self._near[layer] if self._near else None
+        return Rows(keys, values, self._plan.with_rows(segment_rows), *scales, near=near)
 
     def end(self) -> None:
         """Give the rows' memory back; fetches still on their way are cancelled. Idempotent.
@@ -253,6 +310,13 @@ class PrefetchRuntime:
             buffer of their own for that step ("spilled").
         in_place: tables in RAM are read where they lie if attention runs on the CPU: nothing is
             fetched, and hot set and ring are not needed.
+        near_data: positions whose rows are neither in the hot set nor in the ring attend on the
+            host, over the table in RAM where it lies; their queries and results travel instead of
+            the rows. On the CPU the same bits; on a GPU other kernels sum, in another order.
+            "auto": where it costs less than to fetch the rows, by what either takes here, measured
+            now in less than 50 ms; a fetch is taken to be waited for, none of it hidden behind
+            earlier layers. Tables that are read in place are near anyway, and from a
+            file, mapped or not, they cannot be: True is an error there, "auto" leaves it off.
         num_workers: threads that start reads, check and copy.
         queue_depth: reads of one worker on their way at once, where the system can do that.
         mapped: map the table file instead of reading it: its rows are in RAM like any table's, in
@@ -282,6 +346,7 @@ class PrefetchRuntime:
         cache_bytes: int = 0,
         ring_bytes: int = 128 << 20,
         in_place: bool = True,
+        near_data: bool | Literal["auto"] = False,
         num_workers: int = 2,
         queue_depth: int = 16,
         mapped: bool = False,
@@ -297,6 +362,13 @@ class PrefetchRuntime:
         if io_engine not in _IO_ENGINE:
             raise ValueError(
                 f'io_engine: expected "auto", "io_uring" or "pread", got {io_engine!r}'
+            )
+        if near_data not in (True, False, "auto"):
+            raise ValueError(f'near_data: expected True, False or "auto", got {near_data!r}')
+        if near_data and near_data != "auto" and isinstance(tables, (str, os.PathLike)):
+            raise ValueError(
+                "near_data: expected tables in host memory, where attention can read them, got "
+                f"the file {os.fspath(tables)!r}"
             )
         self._device = _device(device)
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
@@ -327,6 +399,11 @@ class PrefetchRuntime:
             record_steps=record_steps,
             poison=poison,
         )
+        # What the rows that stay in the table are read from; empty without near data.
+        self._host_tables: list[HostTable] = []
+        far = not all(layer["in_place"] for layer in self._native.placement())
+        if near_data and near_data != "auto":
+            self._native.use_near_data(*dataclasses.astuple(ALWAYS))
         # The plan needs offsets only to check ids and to order segments: any layer's will do.
         self._offsets = as_offsets(natives[0].offsets)
         self._max_rows = max(int(np.diff(table.offsets).max(initial=0)) for table in natives)
@@ -342,7 +419,9 @@ class PrefetchRuntime:
             direct_io=file is not None and file.direct,
             io_engine=None if file is None else file.io_engine,
             verify=verify and path is not None,
-            in_place=all(layer["in_place"] for layer in layers),
+            in_place=not far,
+            near_data=bool(near_data) and far and path is None,
+            near_costs=None,
             device=str(self._device),
             num_layers=len(layers),
             num_workers=num_workers,
@@ -352,6 +431,31 @@ class PrefetchRuntime:
             hot_tokens=sum(layer["hot_tokens"] for layer in layers),
             ring_bytes=sum(layer["ring_bytes"] for layer in layers),
         )
+        if self.placement.near_data:
+            assert not isinstance(tables, (str, os.PathLike))
+            host_tables = [HostTable(table) for table in tables]
+            if near_data == "auto":
+                costs = self._measure_near_data(host_tables[0])
+                self.placement = dataclasses.replace(self.placement, near_costs=costs)
+                self._native.use_near_data(*dataclasses.astuple(costs))
+            self._host_tables = host_tables
+
+    def _measure_near_data(self, table: HostTable) -> NearDataCosts:
+        # Steps of eight tokens, each of which comes once: later it would be found in the ring.
+        tokens = np.random.default_rng(0).permutation(len(table.plan_offsets) - 1)
+        end = time.perf_counter() + 0.015
+        for first in range(0, len(tokens), 8):
+            with self.begin(tokens[first : first + 8]) as step:
+                for layer in range(self.placement.num_layers):
+                    step.wait(layer)
+            if time.perf_counter() > end:
+                break
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        totals = self.ledger.totals
+        self.ledger.clear()
+        fetch = totals.exposed_us / totals.bytes if totals.bytes else 0.0
+        return NearDataCosts(fetch, *measure_attention(table, self._device))
 
     def begin(self, token_ids: Tensor | Any) -> Step:
         """Start to fetch the rows of these tokens for every layer, and return at once.
@@ -398,7 +502,8 @@ class PrefetchRuntime:
         return (
             f"PrefetchRuntime({tables}, "
             f"hot set {_size(place.hot_bytes)} and rings {_size(place.ring_bytes)} on "
-            f"{place.device}, {place.num_workers} workers)"
+            f"{place.device}, {place.num_workers} workers"
+            + (", attention near the data)" if place.near_data else ")")
         )
 
 

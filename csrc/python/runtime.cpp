@@ -164,6 +164,8 @@ py::dict step_dict(const StepRecord& step) {
     facts["reused"] = layer.reused;
     facts["reused_bytes"] = layer.reused_bytes;
     facts["in_place_bytes"] = layer.in_place_bytes;
+    facts["near"] = layer.near;
+    facts["near_bytes"] = layer.near_bytes;
     facts["spilled"] = layer.spilled;
     facts["cancelled"] = layer.cancelled;
     facts["fetch_us"] = to_us(layer.fetch_end_ns - layer.fetch_begin_ns);
@@ -193,6 +195,8 @@ py::dict totals_dict(const LedgerTotals& totals) {
   facts["reused"] = totals.reused;
   facts["reused_bytes"] = totals.reused_bytes;
   facts["in_place_bytes"] = totals.in_place_bytes;
+  facts["near"] = totals.near;
+  facts["near_bytes"] = totals.near_bytes;
   facts["spilled"] = totals.spilled;
   facts["fetch_us"] = to_us(totals.fetch_ns);
   facts["exposed_us"] = to_us(totals.exposed_ns);
@@ -306,6 +310,10 @@ void bind_prefetcher(py::module_& module) {
           },
           py::arg("layer"))
       .def(
+          "near_segments",
+          [](const Step& step, int64_t layer) { return numpy_array(step.near_segments(layer)); },
+          py::arg("layer"))
+      .def(
           "end",
           [](Step& step, uintptr_t stream) {
             py::gil_scoped_release release;
@@ -351,6 +359,13 @@ void bind_prefetcher(py::module_& module) {
                                 self.arena_rows(layer));
           },
           py::arg("layer"))
+      .def(
+          "use_near_data",
+          [](Prefetcher& self, double fetch_us_per_byte, double attend_us,
+             double attend_us_per_byte) {
+            self.use_near_data(NearDataCosts{fetch_us_per_byte, attend_us, attend_us_per_byte});
+          },
+          py::arg("fetch_us_per_byte"), py::arg("attend_us"), py::arg("attend_us_per_byte"))
       .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("ledger", &Prefetcher::ledger)
       .def("placement", [](const Prefetcher& self) {

@@ -74,6 +74,8 @@ void Ledger::add(StepRecord record) {
     totals_.reused += layer.reused;
     totals_.reused_bytes += layer.reused_bytes;
     totals_.in_place_bytes += layer.in_place_bytes;
+    totals_.near += layer.near;
+    totals_.near_bytes += layer.near_bytes;
     totals_.spilled += layer.spilled;
     totals_.fetch_ns += layer.fetch_end_ns - layer.fetch_begin_ns;
     totals_.exposed_ns += layer.exposed_ns;

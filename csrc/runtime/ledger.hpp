@@ -29,6 +29,8 @@ struct LayerRecord {
   int64_t reused = 0;          // tokens that an earlier step had fetched
   int64_t reused_bytes = 0;    // theirs
   int64_t in_place_bytes = 0;  // of rows that are read where the table lies
+  int64_t near = 0;            // tokens left to the caller to attend to beside the table
+  int64_t near_bytes = 0;      // theirs, not fetched
   bool spilled = false;        // the ring was full: the step got a buffer of its own
   bool cancelled = false;      // the step ended before the rows were there
   int64_t fetch_begin_ns = 0;  // all times 0: did not happen
@@ -57,6 +59,8 @@ struct LedgerTotals {
   int64_t reused = 0;
   int64_t reused_bytes = 0;
   int64_t in_place_bytes = 0;
+  int64_t near = 0;
+  int64_t near_bytes = 0;
   int64_t spilled = 0;  // layers of steps
   int64_t fetch_ns = 0;
   int64_t exposed_ns = 0;

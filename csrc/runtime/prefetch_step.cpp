@@ -10,6 +10,30 @@
 
 namespace l3ext {
 
+namespace {
+
+// Leaves every token once, ascending; returns how often each was there.
+std::vector<int64_t> sort_and_count(std::vector<int32_t>& tokens) {
+  const auto not_ascending = [](int32_t a, int32_t b) { return a >= b; };
+  if (std::ranges::adjacent_find(tokens, not_ascending) == tokens.end()) {
+    return std::vector<int64_t>(tokens.size(), 1);
+  }
+  std::ranges::sort(tokens);
+  std::vector<int64_t> counts;
+  for (const int32_t token : tokens) {
+    if (!counts.empty() && tokens[counts.size() - 1] == token) {
+      ++counts.back();
+    } else {
+      tokens[counts.size()] = token;
+      counts.push_back(1);
+    }
+  }
+  tokens.resize(counts.size());
+  return counts;
+}
+
+}  // namespace
+
 Prefetcher::Step Prefetcher::begin(const std::shared_ptr<Prefetcher>& self,
                                    std::span<const int32_t> token_ids) {
   self->check_process();
@@ -21,11 +45,7 @@ Prefetcher::Step Prefetcher::begin(const std::shared_ptr<Prefetcher>& self,
   }
   std::vector<int32_t>& tokens = state->tokens;
   tokens.assign(token_ids.begin(), token_ids.end());
-  const auto not_ascending = [](int32_t a, int32_t b) { return a >= b; };
-  if (std::adjacent_find(tokens.begin(), tokens.end(), not_ascending) != tokens.end()) {
-    std::sort(tokens.begin(), tokens.end());
-    tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
-  }
+  const std::vector<int64_t> queries = sort_and_count(tokens);
 
   Step step(self, state);  // from here on the handle gives back what was taken, whatever happens
   {
@@ -39,7 +59,7 @@ Prefetcher::Step Prefetcher::begin(const std::shared_ptr<Prefetcher>& self,
       layer.fetch->layer = self->layers_[i].get();
       layer.fetch->target = self->layers_[i]->arena;
       layer.fetch->users = 1;
-      self->place(layer, tokens);
+      self->place(layer, tokens, queries);
     }
     for (const StepLayer& layer : state->layers) self->enqueue(layer.fetch);
     state->record.step = self->next_step_++;
@@ -50,7 +70,8 @@ Prefetcher::Step Prefetcher::begin(const std::shared_ptr<Prefetcher>& self,
 }
 
 // Decides where every token's rows lie, and what has to be copied for that.
-void Prefetcher::place(StepLayer& step, std::span<const int32_t> tokens) {
+void Prefetcher::place(StepLayer& step, std::span<const int32_t> tokens,
+                       std::span<const int64_t> queries) {
   const PrefetchLayer& layer = *step.fetch->layer;
   const RowOwners& owners = *layer.table.owners;
   LayerRecord& record = step.fetch->record;
@@ -67,7 +88,32 @@ void Prefetcher::place(StepLayer& step, std::span<const int32_t> tokens) {
     ++record.hits;
     record.hit_bytes += owners.rows(token) * layer.row_bytes;
   }
+  place_near(step, tokens, queries);
   if (!place_in_ring(step, tokens)) place_in_own_buffer(step, tokens);
+}
+
+// Decides what is neither here nor worth being brought.
+void Prefetcher::place_near(StepLayer& step, std::span<const int32_t> tokens,
+                            std::span<const int64_t> queries) {
+  step.near.resize(tokens.size());
+  if (!near_data_) return;
+  const PrefetchLayer& layer = *step.fetch->layer;
+  const RowOwners& owners = *layer.table.owners;
+  std::vector<size_t> segments;
+  std::vector<ColdBlock> cold;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int64_t rows = owners.rows(tokens[i]);
+    if (rows == 0 || layer.hot.row[tokens[i]] >= 0 || layer.ring->find(tokens[i])) continue;
+    segments.push_back(i);
+    cold.push_back({rows * layer.row_bytes, queries[i]});
+  }
+  const std::vector<bool> near = choose_near(cold, *near_data_);
+  for (size_t i = 0; i < cold.size(); ++i) {
+    if (!near[i]) continue;
+    step.near[segments[i]] = true;
+    ++step.fetch->record.near;
+    step.fetch->record.near_bytes += cold[i].bytes;
+  }
 }
 
 // False, and nothing taken, where pinned blocks leave no room.
@@ -77,8 +123,9 @@ bool Prefetcher::place_in_ring(StepLayer& step, std::span<const int32_t> tokens)
   const RowOwners& owners = *layer.table.owners;
   // What is there is pinned before anything is allocated, which may evict.
   int64_t missing_rows = 0;
-  for (const int32_t token : tokens) {
-    if (layer.hot.row[token] >= 0 || owners.rows(token) == 0) continue;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int32_t token = tokens[i];
+    if (step.near[i] || layer.hot.row[token] >= 0 || owners.rows(token) == 0) continue;
     if (RingBlock* block = layer.ring->find(token)) {
       ++block->pins;
       step.holds.push_back(block);
@@ -92,7 +139,7 @@ bool Prefetcher::place_in_ring(StepLayer& step, std::span<const int32_t> tokens)
     const int32_t token = tokens[i];
     const int64_t rows = owners.rows(token);
     const int64_t hot_row = layer.hot.row[token];
-    if (hot_row >= 0 || rows == 0) {
+    if (step.near[i] || hot_row >= 0 || rows == 0) {
       step.first_row.push_back(std::max<int64_t>(hot_row, 0));
       continue;
     }
@@ -148,10 +195,16 @@ void Prefetcher::place_in_own_buffer(StepLayer& step, std::span<const int32_t> t
   const PrefetchLayer& layer = *fetch.layer;
   const RowOwners& owners = *layer.table.owners;
   fetch.record.spilled = true;
-  fetch.record.bytes = fetch.record.rows * layer.row_bytes - fetch.record.hit_bytes;
-  fetch.target = take_spare(static_cast<size_t>(fetch.record.rows * layer.row_bytes), fetch.after);
+  const int64_t bytes = fetch.record.rows * layer.row_bytes - fetch.record.near_bytes;
+  fetch.record.bytes = bytes - fetch.record.hit_bytes;
+  fetch.target = take_spare(static_cast<size_t>(bytes), fetch.after);
   int64_t next_row = 0;
-  for (const int32_t token : tokens) {
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const int32_t token = tokens[i];
+    if (step.near[i]) {
+      step.first_row.push_back(0);
+      continue;
+    }
     const int64_t hot_row = layer.hot.row[token];
     const int64_t rows = owners.rows(token);
     step.first_row.push_back(next_row);
@@ -335,8 +388,21 @@ void Prefetcher::Step::segment_rows(int64_t layer, int64_t* rows) const {
   const RowOwners& owners = *step.fetch->layer->table.owners;
   for (size_t s = 0; s < state_->tokens.size(); ++s) {
     rows[2 * s] = step.first_row[s];
-    rows[2 * s + 1] = step.first_row[s] + owners.rows(state_->tokens[s]);
+    const bool near = !step.near.empty() && step.near[s];
+    rows[2 * s + 1] = step.first_row[s] + (near ? 0 : owners.rows(state_->tokens[s]));
   }
+}
+
+std::vector<int64_t> Prefetcher::Step::near_segments(int64_t layer) const {
+  prefetcher_->check_layer(layer);
+  const std::scoped_lock lock(prefetcher_->mutex_);
+  check_open();
+  const std::vector<bool>& near = state_->layers[static_cast<size_t>(layer)].near;
+  std::vector<int64_t> segments;
+  for (size_t s = 0; s < near.size(); ++s) {
+    if (near[s]) segments.push_back(static_cast<int64_t>(s));
+  }
+  return segments;
 }
 
 void Prefetcher::Step::end(void* stream) {

@@ -182,6 +182,22 @@ void Prefetcher::check_open() const {
   if (closed_) throw Error(ErrorCode::kRuntime, "the runtime is closed");
 }
 
+void Prefetcher::use_near_data(const std::optional<NearDataCosts>& costs) {
+  check_process();
+  if (costs) check_costs(*costs);
+  const std::scoped_lock lock(mutex_);
+  check_open();
+  for (const auto& layer : layers_) {
+    const bool in_file =
+        layer->table.source->memory() == nullptr && layer->table.owners->total_rows() > 0;
+    L3EXT_CHECK(!costs || !in_file,
+                "near_data: expected tables in host memory, where attention can read them, got "
+                "tables[",
+                layer->index, "] in a file");
+  }
+  near_data_ = costs;
+}
+
 std::shared_ptr<DeviceBuffer> Prefetcher::arena(int64_t layer) const {
   check_process();
   check_layer(layer);

@@ -11,6 +11,9 @@
 // A step that does not fit the ring neither waits nor fails: it gets a buffer of its own for that
 // layer, with all its rows in it (the ledger counts it as spilled).
 //
+// Near data: of tokens that choose_near() picks no rows are brought. Their segments are empty here,
+// and who attends adds what they get from the table, beside its memory.
+//
 // On a device with streams no call waits for the device: wait() makes the caller's stream wait,
 // end() marks the point of the stream after which rows may be overwritten, and copies start there.
 //
@@ -27,6 +30,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <thread>
 #include <unordered_set>
@@ -34,6 +38,7 @@
 
 #include "runtime/device.hpp"
 #include "runtime/ledger.hpp"
+#include "runtime/near_data.hpp"
 #include "runtime/table.hpp"
 
 namespace l3ext {
@@ -70,8 +75,13 @@ class Prefetcher {
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;
 
-  // `token_ids`: any order, repeats allowed. Throws kValue naming the first id outside [0, V)
-  // before anything is queued.
+  // From the next step on leaves rows in the table where that costs less (nothing: never). Tables
+  // that are read in place have no part in it. Throws kValue for the costs, and where a table is
+  // not in host memory.
+  void use_near_data(const std::optional<NearDataCosts>& costs);
+
+  // `token_ids`: any order; a token's repeats are the queries that near data weighs. Throws kValue
+  // naming the first id outside [0, V) before anything is queued.
   static Step begin(const std::shared_ptr<Prefetcher>& self, std::span<const int32_t> token_ids);
 
   // Stops the workers and lets go of tables and arenas, once the device has read what ended steps
@@ -118,7 +128,9 @@ class Prefetcher {
                 const std::exception_ptr& error);
   void cancel(Fetch& fetch);
   void complete(Fetch& fetch);
-  void place(StepLayer& layer, std::span<const int32_t> tokens);
+  void place(StepLayer& layer, std::span<const int32_t> tokens, std::span<const int64_t> queries);
+  void place_near(StepLayer& layer, std::span<const int32_t> tokens,
+                  std::span<const int64_t> queries);
   bool place_in_ring(StepLayer& layer, std::span<const int32_t> tokens);
   void place_in_own_buffer(StepLayer& layer, std::span<const int32_t> tokens);
   std::shared_ptr<DeviceBuffer> take_spare(size_t bytes, std::vector<FencePtr>& fences);
@@ -146,6 +158,7 @@ class Prefetcher {
   std::deque<std::shared_ptr<Fetch>> queue_;
   std::unordered_set<StepState*> open_steps_;
   std::vector<Spare> spares_;
+  std::optional<NearDataCosts> near_data_;
   std::unique_ptr<CopyQueue> fills_;  // of what is poisoned
   int64_t next_step_ = 0;
   bool stopping_ = false;
@@ -177,6 +190,8 @@ class Prefetcher::Step {
   std::shared_ptr<DeviceBuffer> rows(int64_t layer) const;
   void segment_rows(int64_t layer, int64_t* rows) const;
   bool spilled(int64_t layer) const;
+  // The segments whose rows were left in the table, ascending; empty ones here.
+  std::vector<int64_t> near_segments(int64_t layer) const;
 
   // Gives the rows back: nobody may read them from here on but what has been put into `stream`
   // (null: the device's default stream). Idempotent.

@@ -60,6 +60,7 @@ struct StepLayer {
   std::vector<std::shared_ptr<Fetch>> needs;  // of other steps
   std::vector<RingBlock*> holds;              // pinned by this step
   std::vector<FencePtr> landed;               // of blocks that were there already
+  std::vector<bool> near;                     // of each segment: its rows stay in the table
   std::vector<int64_t> first_row;             // of each segment, in fetch->target
 };
 

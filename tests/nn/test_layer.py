@@ -9,6 +9,7 @@ import torch
 import l3ext
 from l3ext import Allocation
 from l3ext.nn import L3Layer
+from l3ext.runtime import Rows
 from tests import reference
 
 ROWS = np.array([1, 4, 2, 7, 1, 3])
@@ -62,14 +63,9 @@ def test_a_shared_plan_and_fetched_rows_give_the_same_bits():
     out = layer(x, ids)
     assert torch.equal(out, layer(x, plan=plan))
     table = layer.release_table()
-
-    class Rows:
-        keys, values = table[:, :16], table[:, 16:]
-        key_scales = value_scales = None
-
-    Rows.plan = plan
+    rows = Rows(table[:, :16], table[:, 16:], plan)
     assert layer.table is None
-    assert torch.equal(out, layer(x, rows=Rows))
+    assert torch.equal(out, layer(x, rows=rows))
     with pytest.raises(RuntimeError, match="moved out of the model"):
         layer(x, ids)
     layer.restore_table(table)
