@@ -87,7 +87,7 @@ def test_steps_of_many_threads_and_their_rows(tmp_path, ring_bytes):
             assert totals.spilled > 100
         else:
             assert totals.spilled == 0
-            assert totals.reused > totals.tokens / 2
+            assert totals.reused > totals.tokens / 10  # most open steps hold other tokens
 
 
 def test_closing_under_threads_is_an_error_in_each(tmp_path):
