@@ -185,11 +185,11 @@ def _table(measurement: dict[str, Any]) -> Table:
         title=f"lookup after {measurement['position']} decoder layers, batch "
         f"{measurement['batch']}, {measurement['results'][RESIDENT]['runs']} steps",
     )
-    columns = ("table", "ms", "p10", "p90", "x none", "95 %", "exposed", "fetched", "hot", "reused")
+    columns = ("table", "ms", "p90", "x none", "95 %", "exposed", "fetched", "hot", "reused")
     for column in columns:
         table.add_column(column, justify="left" if column == "table" else "right", no_wrap=True)
     for name, row in measurement["results"].items():
-        cells = [name, *(f"{1e3 * row[part]:.1f}" for part in ("median", "p10", "p90"))]
+        cells = [name, *(f"{1e3 * row[part]:.1f}" for part in ("median", "p90"))]
         ratio = row["ratio"]
         cells += [f"{ratio['median']:.3f}", f"{ratio['low']:.3f}-{ratio['high']:.3f}"]
         if ledger := row.get("ledger"):
