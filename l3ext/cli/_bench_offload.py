@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,7 +136,8 @@ def offload(
         return
     from rich.console import Console
 
-    console = Console()
+    # Piped, the tables would be cut to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     for measurement in result["measurements"]:
         console.print(_table(measurement))
     console.print(_conditions(result))
@@ -185,11 +187,11 @@ def _table(measurement: dict[str, Any]) -> Table:
         title=f"lookup after {measurement['position']} decoder layers, batch "
         f"{measurement['batch']}, {measurement['results'][RESIDENT]['runs']} steps",
     )
-    columns = ("table", "ms", "p90", "x none", "95 %", "exposed", "fetched", "hot", "reused")
+    columns = ("table", "ms", "p10", "p90", "x none", "95 %", "exposed", "fetched", "hot", "reused")
     for column in columns:
         table.add_column(column, justify="left" if column == "table" else "right", no_wrap=True)
     for name, row in measurement["results"].items():
-        cells = [name, *(f"{1e3 * row[part]:.1f}" for part in ("median", "p90"))]
+        cells = [name, *(f"{1e3 * row[part]:.1f}" for part in ("median", "p10", "p90"))]
         ratio = row["ratio"]
         cells += [f"{ratio['median']:.3f}", f"{ratio['low']:.3f}-{ratio['high']:.3f}"]
         if ledger := row.get("ledger"):
