@@ -22,6 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._operators import check_device, current_stream
+from l3ext.ledger import Ledger
 from l3ext.near_data import ALWAYS, HostTable, NearDataCosts, NearPositions, measure_attention
 from l3ext.nn import L3Layer
 from l3ext.ops import segmented_attention
@@ -35,91 +36,6 @@ _IO_ENGINE = {
     "io_uring": _C.IoEngine.URING,
     "pread": _C.IoEngine.PREAD,
 }
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LayerRecord:
-    """What one layer of one step cost.
-
-    Times are µs since the runtime was made; 0: did not happen.
-    """
-
-    tokens: int  #: distinct tokens
-    rows: int  #: that they own
-    bytes: int  #: fetched from the table
-    hits: int  #: tokens found in the hot set
-    hit_bytes: int  #: of their rows
-    reused: int  #: tokens whose rows an earlier step had fetched, and the ring still held
-    reused_bytes: int  #: of their rows
-    in_place_bytes: int  #: of the rows that are read where the table lies
-    near: int  #: tokens whose positions attend on the host, beside the table
-    near_bytes: int  #: of their rows, which are not fetched
-    spilled: bool  #: the ring was full: the step had a buffer of its own for this layer
-    cancelled: bool  #: the step ended before all rows were there
-    fetch_us: float  #: from the first worker's start to the last one's end
-    exposed_us: float  #: the part of it that somebody waited for
-    fetch_begin_us: float
-    fetch_end_us: float
-    wait_begin_us: float
-    wait_end_us: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step, from ``begin`` to ``end``."""
-
-    step: int
-    begin_us: float
-    end_us: float
-    layers: list[LayerRecord]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LedgerTotals:
-    """Sums over the layers of all steps that have ended."""
-
-    steps: int
-    tokens: int
-    rows: int
-    bytes: int
-    hits: int
-    hit_bytes: int
-    reused: int
-    reused_bytes: int
-    in_place_bytes: int
-    near: int
-    near_bytes: int
-    spilled: int  #: layers of steps that had a buffer of their own
-    fetch_us: float
-    exposed_us: float
-
-
-class Ledger:
-    """What the steps of a runtime cost. Steps are entered when they end."""
-
-    def __init__(self, native: _C.Ledger) -> None:
-        self._native = native
-
-    @property
-    def steps(self) -> list[StepRecord]:
-        """The last ``record_steps`` steps, oldest first."""
-        return [
-            StepRecord(**{**step, "layers": [LayerRecord(**layer) for layer in step["layers"]]})
-            for step in self._native.steps()
-        ]
-
-    @property
-    def totals(self) -> LedgerTotals:
-        """Sums over all steps, also those no longer kept."""
-        return LedgerTotals(**self._native.totals())
-
-    def clear(self) -> None:
-        """Forget everything so far."""
-        self._native.clear()
-
-    def to_chrome_trace(self, path: str | os.PathLike[str]) -> None:
-        """Write the kept steps for chrome://tracing or Perfetto: fetch, wait and compute lanes."""
-        self._native.write_chrome_trace(os.fspath(path))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -330,7 +246,14 @@ class PrefetchRuntime:
             by threads.
         record_steps: how many steps the ledger keeps.
         piece_bytes: what one worker reads at a time, a multiple of 4096.
+        prefill_chunk: an offloaded model runs a prompt of more positions, over all sequences, in
+            chunks of that many, and fetches the next chunk's rows meanwhile. None: as many as
+            fill half of a ring if tokens come as often as they own rows, and at least 128; 0:
+            prompts run whole, as they do where tables are read in place.
         poison: fill rows with NaN when a step ends, so that a use after the end shows; for tests.
+
+    Attributes:
+        prefill_chunk: what was chosen; 0: prompts run whole.
 
     Raises:
         ValueError, TypeError: options and tables that do not fit.
@@ -355,6 +278,7 @@ class PrefetchRuntime:
         io_engine: Literal["auto", "io_uring", "pread"] = "auto",
         record_steps: int = 1024,
         piece_bytes: int = 256 << 10,
+        prefill_chunk: int | None = None,
         poison: bool = False,
     ) -> None:
         if direct_io not in _DIRECT_IO:
@@ -370,6 +294,8 @@ class PrefetchRuntime:
                 "near_data: expected tables in host memory, where attention can read them, got "
                 f"the file {os.fspath(tables)!r}"
             )
+        if prefill_chunk is not None and prefill_chunk < 0:
+            raise ValueError(f"prefill_chunk: expected 0 or more, got {prefill_chunk}")
         self._device = _device(device)
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
         if mapped and path is None:
@@ -431,6 +357,9 @@ class PrefetchRuntime:
             hot_tokens=sum(layer["hot_tokens"] for layer in layers),
             ring_bytes=sum(layer["ring_bytes"] for layer in layers),
         )
+        if prefill_chunk is None:
+            prefill_chunk = max(128, _tokens_that_fill(natives[0].offsets, layers[0]))
+        self.prefill_chunk = 0 if self.placement.in_place else prefill_chunk
         if self.placement.near_data:
             assert not isinstance(tables, (str, os.PathLike))
             host_tables = [HostTable(table) for table in tables]
@@ -568,6 +497,14 @@ def offload(
         layer.release_table()
     runner.l3_runtime = runtime
     return runtime
+
+
+def _tokens_that_fill(offsets: np.ndarray, layer: dict[str, int]) -> int:
+    """Half a ring over a token's mean rows, each token as frequent as its rows."""
+    rows = np.diff(offsets).astype(float)
+    row_bytes = layer["table_bytes"] / max(1.0, rows.sum())
+    mean_rows = (rows**2).sum() / max(1.0, rows.sum())
+    return int(layer["ring_bytes"] / 2 / max(1.0, mean_rows * row_bytes))
 
 
 def _device(device: torch.device | str | None) -> torch.device:

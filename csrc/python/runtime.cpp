@@ -283,6 +283,11 @@ void bind_ledger(py::module_& module) {
           py::arg("path"));
 }
 
+void* stream_of(uintptr_t handle) {
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): Python knows a stream as a number.
+  return reinterpret_cast<void*>(handle);
+}
+
 void bind_prefetcher(py::module_& module) {
   using Step = Prefetcher::Step;
   py::class_<Step>(module, "PrefetchStep")
@@ -295,7 +300,7 @@ void bind_prefetcher(py::module_& module) {
             check_contiguous(segment_rows.view(), "segment_rows");
             check_writable(segment_rows.view(), "segment_rows");
             py::gil_scoped_release release;
-            step.wait(layer, reinterpret_cast<void*>(stream), interrupted);
+            step.wait(layer, stream_of(stream), interrupted);
             step.segment_rows(layer, segment_rows->as<int64_t>());
           },
           py::arg("layer"), py::arg("segment_rows"), py::arg("stream") = 0)
@@ -317,7 +322,7 @@ void bind_prefetcher(py::module_& module) {
           "end",
           [](Step& step, uintptr_t stream) {
             py::gil_scoped_release release;
-            step.end(reinterpret_cast<void*>(stream));
+            step.end(stream_of(stream));
           },
           py::arg("stream") = 0);
 

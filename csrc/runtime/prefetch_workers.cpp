@@ -92,11 +92,14 @@ Prefetcher::Worker::Worker(std::shared_ptr<Device> on,
 }
 
 Prefetcher::Worker::~Worker() {
-  try {
-    if (const FencePtr copied = queue->record()) copied->wait();
-  } catch (...) {
-    // The device failed: nothing reads the scratch any more.
-  }
+  const auto finish = [&] {
+    try {
+      if (const FencePtr copied = queue->record()) copied->wait();
+    } catch (...) {
+      return;  // the device failed: nothing reads the scratch any more
+    }
+  };
+  finish();
   if (staging != nullptr) device->deallocate_staging(staging, staging_bytes);
 }
 

@@ -136,7 +136,7 @@ void Prefetcher::wait_for_the_device() noexcept {
       try {
         fence->wait();
       } catch (...) {
-        // The device failed: nothing reads there any more.
+        return;  // the device failed: nothing reads there any more
       }
     }
   };

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 
@@ -33,6 +34,33 @@ def summarize(seconds: list[float]) -> Timing:
     return Timing(
         statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], last + 1
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """How many times as long as a baseline: the median of paired runs, with its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_ratio(
+    seconds: list[float], baseline: list[float], *, seed: int = 0, resamples: int = 2000
+) -> Ratio:
+    """Compare two candidates that were timed in turn, run by run: what drifts meets both.
+
+    Args:
+        seconds: of one candidate, run by run.
+        baseline: of the other, in the same runs; what one of them has more of is left out.
+        seed: of the bootstrap, which draws runs with replacement.
+        resamples: how many times.
+    """
+    runs = min(len(seconds), len(baseline))
+    ratios = np.array(seconds[:runs]) / np.array(baseline[:runs])
+    drawn = np.random.default_rng(seed).integers(0, runs, (resamples, runs))
+    low, high = np.percentile(np.median(ratios[drawn], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 class Clock(Protocol):
@@ -109,6 +137,21 @@ def time_interleaved(
     budget_seconds: float = 60.0,
     ahead: bool = True,
 ) -> dict[str, Timing]:
+    """Time candidates in turn and summarise each; as :func:`interleaved_seconds`."""
+    seconds = interleaved_seconds(
+        candidates, clock=clock, runs=runs, budget_seconds=budget_seconds, ahead=ahead
+    )
+    return {name: summarize(values) for name, values in seconds.items()}
+
+
+def interleaved_seconds(
+    candidates: Mapping[str, Candidate],
+    *,
+    clock: Clock,
+    runs: int,
+    budget_seconds: float = 60.0,
+    ahead: bool = True,
+) -> dict[str, list[float]]:
     """Time candidates in turn, forth and back, so that a drift of the machine meets all alike.
 
     Args:
@@ -119,6 +162,9 @@ def time_interleaved(
             never before 3.
         budget_seconds: for all candidates together.
         ahead: see :meth:`Clock.measure`.
+
+    Returns:
+        The seconds of each candidate's runs, in order.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     share = budget_seconds / max(1, len(candidates))
@@ -131,7 +177,7 @@ def time_interleaved(
             if len(done) >= 3 and sum(done) > share:
                 continue
             done.append(clock.measure(candidates[name](run), ahead=ahead))
-    return {name: summarize(values) for name, values in seconds.items()}
+    return seconds
 
 
 def bandwidth(device: torch.device, *, nbytes: int, runs: int = 9) -> float:

@@ -36,6 +36,21 @@ class Workload:
             for i in starts
         ]
 
+    def decode_steps(self, count: int, batch: int) -> list[Tensor]:
+        """``count`` steps int64 [batch, 1]: the next id of each of ``batch`` places of the stream.
+
+        The places are evenly spaced.
+        """
+        last = self.tokens.shape[0] - count
+        if last < 0:
+            raise ValueError(
+                f"count: expected at most {self.tokens.shape[0]}, the ids that there are, "
+                f"got {count}"
+            )
+        starts = np.linspace(0, last, batch).astype(int)
+        columns = [self.tokens[start : start + count].astype(np.int64) for start in starts]
+        return list(torch.from_numpy(np.stack(columns, axis=1)).unsqueeze(-1))
+
 
 def standard_library_documents() -> list[str]:
     """Lines of the Python standard library's modules: text that every machine has."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from l3ext.cli._bench_inputs import check_names, dtype_named, make_workload
+from l3ext.cli._bench_offload import offload
 from l3ext.cli._output import JsonOption, print_json, remark
 
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
-
-    from l3ext.bench.workload import Workload
 
 app = typer.Typer(help="Measure kernels and runtime on this machine.", no_args_is_help=True)
 
@@ -43,9 +43,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@app.callback()
-def _group() -> None:
-    pass  # keeps `attention` a subcommand while it is the only one
+app.command()(offload)
 
 
 @app.command()
@@ -116,15 +114,15 @@ def attention(
     defaults = _DEFAULTS[place.type]
     every = [] if tied else list(PEERS)
     peers = every if not peer else [name for name in peer if name != "none"]
-    _check_names("--peer", peers, (*PEERS, "none"))
+    check_names("--peer", peers, (*PEERS, "none"))
     width = d_in or defaults["d_in"]
     value_width = d_emb or (width if tied else defaults["d_emb"])
     if tied and (peers or value_width != width):
         raise ValueError("--tied: expected no --peer, and a --d-emb that is --d-in or not given")
     regimes = regime or list(REGIMES)
-    _check_names("--regime", regimes, REGIMES)
+    check_names("--regime", regimes, REGIMES)
     dtypes = dtype or defaults["dtype"]
-    _check_names("--dtype", dtypes, _DTYPES)
+    check_names("--dtype", dtypes, _DTYPES)
     for name in dtypes:
         if name in _QUANTIZED and place.type == "cuda":
             raise ValueError(f"--dtype {name}: rows in 8 bits need the CPU, got --device {device}")
@@ -138,7 +136,7 @@ def attention(
     largest = max([*sizes, *batches])
     remark("making the workload")
     by_law = zipf or (place.type == "cuda" and not text)
-    workload = _workload(text, by_law, vocab_size, total_rows, max_rows, largest)
+    workload = make_workload(text, by_law, vocab_size, total_rows, max_rows, largest)
     results: list[dict[str, Any]] = []
     for name in dtypes:
 
@@ -151,7 +149,7 @@ def attention(
 
         options = Options(
             place,
-            _dtype(name),
+            dtype_named(name),
             d_in=width,
             d_emb=value_width,
             tied=tied,
@@ -178,19 +176,6 @@ def attention(
         console.print(_conditions(result))
 
 
-def _check_names(option: str, names: list[str], known: tuple[str, ...]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
 def _device(name: str) -> torch.device:
     import torch
 
@@ -205,39 +190,6 @@ def _device(name: str) -> torch.device:
         if not l3ext.has_cuda:
             raise RuntimeError(f"--device {name}: this build of l3ext has no CUDA kernels")
     return device
-
-
-def _workload(
-    text: list[Path] | None,
-    by_law: bool,
-    vocab_size: int | None,
-    total_rows: int | None,
-    max_rows: int,
-    largest: int,
-) -> Workload:
-    from l3ext.bench.workload import from_documents, from_zipf, standard_library_documents
-    from l3ext.corpus import read_documents
-
-    if by_law:
-        if text:
-            raise ValueError("--zipf: expected no text beside it")
-        given = {"vocab_size": vocab_size, "total_rows": total_rows}
-        wanted = {name: value for name, value in given.items() if value is not None}
-        return from_zipf(num_tokens=4 * largest, max_rows=max_rows, **wanted)
-    return from_documents(
-        list(read_documents(text)) if text else standard_library_documents(),
-        source=_source(text),
-        vocab_size=16384 if vocab_size is None else vocab_size,
-        total_rows=total_rows,
-        max_rows=max_rows,
-    )
-
-
-def _source(text: list[Path] | None) -> str:
-    if not text:
-        return "Python standard library"
-    names = [path.name for path in text]
-    return ", ".join(names) if len(names) <= 3 else f"{len(names)} files, {names[0]} to {names[-1]}"
 
 
 def _table(result: dict[str, Any], measurement: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from l3ext.allocation import Allocation
 from l3ext.models.configuration_l3_llama import L3LlamaConfig
+from l3ext.models.prefill import chunk_length, run_in_chunks
 from l3ext.nn import L3Layer
 from l3ext.plans import Plan
 
@@ -137,6 +138,9 @@ class L3LlamaModel(L3LlamaPreTrainedModel, LlamaModel):
     ) -> Any:
         """As Llama's.
 
+        A long prompt of an offloaded model runs in chunks of the runtime's ``prefill_chunk``
+        positions where it fills a cache of keys and values.
+
         Args:
             input_ids: integers [batch, sequence].
             *args: as Llama's.
@@ -152,6 +156,10 @@ class L3LlamaModel(L3LlamaPreTrainedModel, LlamaModel):
         if self.l3_runtime is None:
             step = self.l3_layers[0].plan(token_ids)
             return super().forward(input_ids, *args, l3_step=step, **kwargs)
+        chunk = 0 if args else chunk_length(self.l3_runtime, self.config, token_ids, kwargs)
+        if chunk:
+            run = super().forward
+            return run_in_chunks(self.l3_runtime, token_ids, chunk, run, input_ids, kwargs)
         # Returns at once: the fetch runs while the layers before the first lookup layer do.
         with self.l3_runtime.begin(token_ids) as step:
             return super().forward(input_ids, *args, l3_step=step, **kwargs)

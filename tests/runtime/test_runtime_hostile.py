@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import l3ext
 from l3ext.runtime import PrefetchRuntime
 from l3ext.tables import LookupTable, save_tables
 from tests.runtime.tables import Owners, make_table, rows_match
+from tests.runtime.test_offload import generate, make_model
 
 VOCAB = 30
 
@@ -278,3 +280,108 @@ def test_ctrl_c_stops_the_writing_and_leaves_a_whole_file(path, tmp_path):
         signal.signal(signal.SIGALRM, before)
     assert path.read_bytes() in whole
     assert sorted(os.listdir(tmp_path)) == ["new", path.name]
+
+
+def test_no_locked_memory_and_no_huge_pages(path):
+    run_script(
+        f"""
+        import ctypes, resource
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+        PR_SET_THP_DISABLE = 41
+        assert ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+        from l3ext.runtime import PrefetchRuntime
+        from tests.runtime.tables import make_table, rows_match
+        table = make_table(30)
+        for tables in ({str(path)!r}, [table]):
+            for direct_io in ("auto", False):
+                with PrefetchRuntime(
+                    tables, in_place=False, cache_bytes=2000, direct_io=direct_io
+                ) as runtime:
+                    for tokens in ([1, 2, 29], range(30)):
+                        with runtime.begin(tokens) as step:
+                            assert rows_match(step.wait(0), table, tokens)
+        """
+    )
+
+
+def test_no_memory_for_a_ring_is_an_error_and_the_next_runtime_works(path):
+    run_script(
+        f"""
+        import resource
+        import torch
+        from l3ext.runtime import PrefetchRuntime
+        from l3ext.tables import LookupTable
+        from tests.runtime.tables import Owners, make_table, rows_match
+        import numpy as np
+        table = make_table(30)
+        large = LookupTable(torch.empty(1 << 22, 64), Owners(np.full(1 << 12, 1 << 10)), 64, True)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), resource.RLIM_INFINITY))
+        try:
+            PrefetchRuntime([large], in_place=False, ring_bytes=1 << 30)
+        except RuntimeError as error:
+            assert "cannot allocate 1073741824 bytes" in str(error), error
+        else:
+            raise AssertionError("expected a RuntimeError")
+        with PrefetchRuntime({str(path)!r}, num_workers=1) as runtime, runtime.begin([3]) as step:
+            assert rows_match(step.wait(0), table, [3])
+        """
+    )
+
+
+@pytest.mark.parametrize("direct_io", ["auto", False])
+def test_a_file_cut_between_steps_says_where_and_the_model_lives(tmp_path, direct_io):
+    """The path and the offset; whole again, the same model goes on with the same text."""
+    model = make_model()
+    expected = generate(model)
+    path = tmp_path / "tables"
+    with l3ext.offload(model, "disk", path, direct_io=direct_io, ring_bytes=0):
+        assert torch.equal(generate(model), expected)
+        content = path.read_bytes()
+        os.truncate(path, 4096)
+        with pytest.raises(OSError, match=r"offset \d+.*the file is 4096 bytes long") as caught:
+            generate(model)
+        assert caught.value.filename == str(path)
+        with open(path, "r+b") as stream:
+            stream.write(content)
+        assert torch.equal(generate(model), expected)
+
+
+def test_another_table_under_a_running_model(tmp_path):
+    """Written anew under the same name: who has the old file open goes on with it."""
+    model = make_model()
+    expected = generate(model)
+    path = tmp_path / "tables"
+    with l3ext.offload(model, "disk", path, ring_bytes=0):
+        save_tables(path, [make_table(VOCAB, seed=1)])
+        assert torch.equal(generate(model), expected)
+        path.unlink()
+        assert torch.equal(generate(model), expected)
+
+
+@pytest.mark.parametrize("tier", ["ram", "disk"])
+def test_steps_of_no_token_and_of_one_many_times(tier, path):
+    table = make_table(VOCAB)
+    with PrefetchRuntime(
+        path if tier == "disk" else [table], in_place=False, poison=True
+    ) as runtime:
+        for tokens in (torch.empty(0, dtype=torch.int64), torch.full((3, 500), 7), [VOCAB - 1]):
+            with runtime.begin(tokens) as step:
+                assert rows_match(step.wait(0), table, tokens)
+        tokens = [record.layers[0].tokens for record in runtime.ledger.steps]
+        assert tokens == [0, 1, 1]
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_one_token_more_than_the_ring_holds(path, beyond):
+    owners = Owners(np.full(VOCAB, 4))
+    table = LookupTable(torch.randn(4 * VOCAB, 37), owners, 24)
+    save_tables(path, [table])
+    held = 9
+    with PrefetchRuntime(path, ring_bytes=held * 4 * 37 * 4, poison=True) as runtime:
+        for start in range(VOCAB - held):  # the head of the ring at any place
+            tokens = range(start, start + held + beyond)
+            with runtime.begin(tokens) as step:
+                assert rows_match(step.wait(0), table, tokens)
+        spilled = [record.layers[0].spilled for record in runtime.ledger.steps]
+        assert spilled == [bool(beyond)] * len(spilled)
