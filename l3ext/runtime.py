@@ -247,9 +247,9 @@ class PrefetchRuntime:
         record_steps: how many steps the ledger keeps.
         piece_bytes: what one worker reads at a time, a multiple of 4096.
         prefill_chunk: an offloaded model runs a prompt of more positions, over all sequences, in
-            chunks of that many, and fetches the next chunk's rows meanwhile. None: as many as
-            fill half of a ring if tokens come as often as they own rows, and at least 128; 0:
-            prompts run whole, as they do where tables are read in place.
+            chunks of that many, and fetches the next chunk's rows meanwhile; what fills half of a
+            ring is a good number. 0: prompts run whole, with the same bits as without offloading,
+            as they do where tables are read in place.
         poison: fill rows with NaN when a step ends, so that a use after the end shows; for tests.
 
     Attributes:
@@ -278,7 +278,7 @@ class PrefetchRuntime:
         io_engine: Literal["auto", "io_uring", "pread"] = "auto",
         record_steps: int = 1024,
         piece_bytes: int = 256 << 10,
-        prefill_chunk: int | None = None,
+        prefill_chunk: int = 0,
         poison: bool = False,
     ) -> None:
         if direct_io not in _DIRECT_IO:
@@ -294,7 +294,7 @@ class PrefetchRuntime:
                 "near_data: expected tables in host memory, where attention can read them, got "
                 f"the file {os.fspath(tables)!r}"
             )
-        if prefill_chunk is not None and prefill_chunk < 0:
+        if prefill_chunk < 0:
             raise ValueError(f"prefill_chunk: expected 0 or more, got {prefill_chunk}")
         self._device = _device(device)
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
@@ -357,8 +357,6 @@ class PrefetchRuntime:
             hot_tokens=sum(layer["hot_tokens"] for layer in layers),
             ring_bytes=sum(layer["ring_bytes"] for layer in layers),
         )
-        if prefill_chunk is None:
-            prefill_chunk = max(128, _tokens_that_fill(natives[0].offsets, layers[0]))
         self.prefill_chunk = 0 if self.placement.in_place else prefill_chunk
         if self.placement.near_data:
             assert not isinstance(tables, (str, os.PathLike))
@@ -497,14 +495,6 @@ def offload(
         layer.release_table()
     runner.l3_runtime = runtime
     return runtime
-
-
-def _tokens_that_fill(offsets: np.ndarray, layer: dict[str, int]) -> int:
-    """Half a ring over a token's mean rows, each token as frequent as its rows."""
-    rows = np.diff(offsets).astype(float)
-    row_bytes = layer["table_bytes"] / max(1.0, rows.sum())
-    mean_rows = (rows**2).sum() / max(1.0, rows.sum())
-    return int(layer["ring_bytes"] / 2 / max(1.0, mean_rows * row_bytes))
 
 
 def _device(device: torch.device | str | None) -> torch.device:
