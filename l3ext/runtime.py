@@ -478,7 +478,7 @@ def offload(
     runner: Any = runners[0]
     tables = []
     for layer in layers:
-        rows = layer.quantized if layer.table is None else layer.table.detach()
+        rows = layer.quantized if layer.table is None else layer.table.detach().cpu()
         if rows is None:
             raise RuntimeError("model: its tables have been offloaded already")
         tables.append(LookupTable(rows, layer.allocation, layer.d_model, layer.tied))
