@@ -1,8 +1,11 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention/cpu/schedule.hpp"
@@ -223,6 +226,56 @@ void units_of_a_segment_share_its_queries_evenly() {
   EXPECT(units[0].queries() == 32 && units[1].queries() == 32 && units[2].queries() == 33);
 }
 
+// Units of `queries` queries and `rows` rows.
+std::vector<l3ext::cpu::Unit> units_of(const std::vector<std::pair<int64_t, int64_t>>& sizes) {
+  std::vector<l3ext::cpu::Unit> units;
+  for (const auto& [queries, rows] : sizes) {
+    units.push_back({.segment = std::ssize(units), .query_end = queries, .row_end = rows});
+  }
+  return units;
+}
+
+void units_of_few_queries_ride_along() {
+  std::mt19937 random(1);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<std::pair<int64_t, int64_t>> sizes(random() % 50);
+    for (auto& [queries, rows] : sizes) {
+      queries = 1 + static_cast<int64_t>(random() % (round % 2 == 0 ? 6 : 40));
+      rows = static_cast<int64_t>(random() % 60);
+    }
+    const auto units = units_of(sizes);
+    const auto few = [&](int32_t i) { return units[i].queries() <= 6; };
+    const int64_t most = round % 3 == 0 ? 0 : 100;
+    const auto schedule = l3ext::cpu::make_schedule(units, 6, most);
+    std::vector<int> seen(units.size());
+    for (const int32_t i : schedule.units) ++seen[i];
+    EXPECT(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
+    EXPECT(schedule.tasks.front() == 0 && schedule.tasks.back() == std::ssize(units));
+    bool alone = false;  // tasks of few queries: after all others
+    for (size_t t = 0; t + 1 < schedule.tasks.size(); ++t) {
+      const int64_t begin = schedule.tasks[t], end = schedule.tasks[t + 1];
+      EXPECT(begin < end);
+      alone = alone || few(schedule.units[begin]);
+      EXPECT(few(schedule.units[begin]) == alone);
+      EXPECT(!alone || end - begin == 1);
+      int64_t rows = 0;
+      for (int64_t i = begin + 1; i < end; ++i) {
+        EXPECT(few(schedule.units[i]));
+        EXPECT(rows < most);
+        rows += units[schedule.units[i]].rows();
+      }
+    }
+  }
+}
+
+// Riders are dealt out by the products that they ride along with.
+void riders_are_shared_out_by_products() {
+  std::vector<std::pair<int64_t, int64_t>> sizes = {{30, 100}, {10, 100}};
+  sizes.resize(42, {1, 10});
+  const auto schedule = l3ext::cpu::make_schedule(units_of(sizes), 6, 1000);
+  EXPECT((schedule.tasks == std::vector<int64_t>{0, 31, 42}));
+}
+
 void a_plan_that_does_not_fit_writes_nothing() {
   Step step({2, 3}, 4, 8, 4);
   auto params = step.forward(1);
@@ -241,6 +294,8 @@ int main() {
   RUN(rows_behind_addresses_are_those_of_the_table);
   RUN(units_cover_every_query_once);
   RUN(units_of_a_segment_share_its_queries_evenly);
+  RUN(units_of_few_queries_ride_along);
+  RUN(riders_are_shared_out_by_products);
   RUN(a_plan_that_does_not_fit_writes_nothing);
   return check::failures == 0 ? 0 : 1;
 }

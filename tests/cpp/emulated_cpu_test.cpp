@@ -127,15 +127,17 @@ void kernels_leave_no_tiles_behind() {
   const auto& kernels = l3ext::cpu::row_kernels<l3ext::BFloat16>(l3ext::CpuIsa::kAmx);
   constexpr int64_t kCount = 32;  // of rows, queries and columns
   const std::vector<l3ext::BFloat16> rows(kCount * kCount, {bf16(1)});
-  const std::vector<float> x(kCount * kCount, 1);
+  const std::vector<float> weights(kCount * kCount, 1);
+  std::vector<const l3ext::BFloat16*> x;
+  for (int64_t q = 0; q < kCount; ++q) x.push_back(rows.data() + q * kCount);
   std::vector<float> packed(kernels.packed_elements(kCount, kCount)), scores(kCount * kCount);
   std::vector<float> sums(kCount * kCount);
   const l3ext::cpu::RowBlock<l3ext::BFloat16> block = {rows.data(), kCount, kCount};
-  kernels.pack(x.data(), kCount, kCount, kCount, packed.data());
-  kernels.scores(block, x.data(), kCount, packed.data(), kCount, kCount, 1, {}, scores.data());
+  kernels.pack(x.data(), kCount, kCount, packed.data());
+  kernels.scores(block, packed.data(), kCount, kCount, 1, {}, scores.data());
   EXPECT(scores[7] == 32);
   EXPECT_THROWS(Error, zero_tile<0>());
-  kernels.accumulate(block, x.data(), kCount, 1, kCount, kCount, {}, sums.data(), kCount);
+  kernels.accumulate(block, weights.data(), kCount, 1, kCount, kCount, {}, sums.data(), kCount);
   EXPECT(sums[7] == 32);
   EXPECT_THROWS(Error, zero_tile<0>());
 }

@@ -84,9 +84,11 @@ void scores_and_sums_meet_exact_elements() {
       for (int64_t k = 0; k < depth; k += queries) {
         std::fill(x.begin(), x.end(), 0.0f);
         for (int64_t q = 0; q < queries && k + q < depth; ++q) x[q * depth + k + q] = 1;
-        kernels.pack(x.data(), depth, queries, depth, packed.data());
-        kernels.scores({row.data(), depth, 1}, x.data(), depth, packed.data(), queries, depth, 1.0f,
-                       {}, scores.data());
+        std::vector<const float*> addresses;
+        for (int64_t q = 0; q < queries; ++q) addresses.push_back(x.data() + q * depth);
+        kernels.pack(addresses.data(), queries, depth, packed.data());
+        kernels.scores({row.data(), depth, 1}, packed.data(), queries, depth, 1.0f, {},
+                       scores.data());
         for (int64_t q = 0; q < queries && k + q < depth; ++q) {
           exact = exact && scores[q] == value_of(row[k + q]);
         }

@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -70,6 +72,11 @@ struct Matrix {
   }
   double at(int64_t r, int64_t c) const { return values[r * columns + c]; }
   RowBlock<T> block() const { return {stored.data(), stride, count}; }
+  std::vector<const T*> addresses() const {
+    std::vector<const T*> all;
+    for (int64_t r = 0; r < count; ++r) all.push_back(stored.data() + r * stride);
+    return all;
+  }
 };
 
 template <typename Acc>
@@ -104,7 +111,7 @@ std::vector<Shape> shapes() {
     }
   }
   for (const int64_t rows : {1, 17, 40, 131}) {
-    for (const int64_t queries : {1, 17, 65}) all.push_back({rows, queries, 1024});
+    for (const int64_t queries : {1, 5, 17, 65, 97, 128}) all.push_back({rows, queries, 1024});
   }
   return all;
 }
@@ -132,15 +139,15 @@ void check_scores(const RowKernels<T>& kernels, const Shape& shape, std::mt19937
   const auto [row_count, queries, depth] = shape;
   if (queries > kernels.query_block) return;
   const Matrix<T> rows(row_count, depth, 5, random);
-  const Matrix<Acc> x(queries, depth, 0, random);
+  const Matrix<l3ext::cpu::Query<T>> x(queries, depth, 0, random);
   const int64_t padded = kernels.padded(queries);
   const Guarded<Acc> packed(kernels.packed_elements(queries, depth));
   const Guarded<Acc> scores(row_count * padded);
   for (int64_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<Acc>(kNaN);
   const double scale = depth % 2 == 0 ? 1.0 : -0.75;
-  kernels.pack(x.stored.data(), depth, queries, depth, packed.data());
-  kernels.scores(rows.block(), x.stored.data(), depth, packed.data(), queries, depth,
-                 static_cast<Acc>(scale), {}, scores.data());
+  kernels.pack(x.addresses().data(), queries, depth, packed.data());
+  kernels.scores(rows.block(), packed.data(), queries, depth, static_cast<Acc>(scale), {},
+                 scores.data());
   const std::string name =
       l3ext::concat(row_count, " rows, ", queries, " queries, ", depth, " deep");
   for (int64_t r = 0; r < row_count; ++r) {
@@ -244,6 +251,28 @@ void accumulated_sums_match_float64() {
   });
 }
 
+// Whoever asks for more than there is gets nothing, and whatever comes first is asked for first:
+// seen by the end of it, as asking leaves no other trace.
+void what_is_wanted_ends() {
+  using l3ext::cpu::Wanted;
+  alignas(64) static std::byte memory[640];
+  const Wanted::Range ranges[] = {
+      {memory, memory + 1}, {memory + 64, memory + 64}, {memory, memory + 640}};
+  for (const size_t count : {size_t{0}, size_t{1}, std::size(ranges)}) {
+    Wanted wanted(ranges, ranges + count);
+    int asked = 0;
+    for (; !wanted.empty() && asked < 100; ++asked) wanted.ask(1);
+    EXPECT(asked == (count == 0 ? 0 : count == 1 ? 1 : 1 + 1 + 10));
+    wanted.ask(1000);
+    EXPECT(wanted.empty());
+  }
+  Wanted several(ranges, ranges + std::size(ranges));
+  several.ask(11);
+  EXPECT(!several.empty());
+  several.ask(1);
+  EXPECT(several.empty());
+}
+
 // A row of NaN is in its own scores and in every sum, and nowhere else.
 void nan_stays_where_it_belongs() {
   for_each_type([]<typename T>(l3ext::TypeTag<T>) {
@@ -254,12 +283,11 @@ void nan_stays_where_it_belongs() {
       Matrix<T> rows(kRows, kColumns, 5, random);
       for (int64_t c = 0; c < kColumns; ++c) rows.set(kBad, c, kNaN);
       for (const int64_t queries : {int64_t{2}, kernels.query_block}) {
-        const Matrix<Acc> x(queries, kColumns, 0, random);
+        const Matrix<T> x(queries, kColumns, 0, random);
         std::vector<Acc> packed(kernels.packed_elements(queries, kColumns));
         std::vector<Acc> scores(kRows * kernels.padded(queries));
-        kernels.pack(x.stored.data(), kColumns, queries, kColumns, packed.data());
-        kernels.scores(rows.block(), x.stored.data(), kColumns, packed.data(), queries, kColumns,
-                       Acc{1}, {}, scores.data());
+        kernels.pack(x.addresses().data(), queries, kColumns, packed.data());
+        kernels.scores(rows.block(), packed.data(), queries, kColumns, Acc{1}, {}, scores.data());
         std::vector<Acc> above(queries * kColumns), all(queries * kColumns);
         const Weights<Acc> weights(queries, kRows, true, random);
         for (const auto& [count, out] : {std::pair{kBad, &above}, std::pair{kRows, &all}}) {
@@ -289,5 +317,6 @@ int main() {
   RUN(scores_match_float64);
   RUN(accumulated_sums_match_float64);
   RUN(nan_stays_where_it_belongs);
+  RUN(what_is_wanted_ends);
   return check::failures == 0 ? 0 : 1;
 }

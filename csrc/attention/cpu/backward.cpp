@@ -35,7 +35,8 @@ class Backward {
     advise_huge_pages(p_.dkeys.data, extent<T>(p_.dkeys, rows));
     advise_huge_pages(p_.dvalues.data, extent<T>(p_.dvalues, rows));
     if (wants_rows() && p_.segment_gradients == nullptr) zero_untouched();
-    const std::vector<Unit> units = make_units(p_.plan, kernels_.query_lanes, kernels_.query_block);
+    const std::vector<Unit> units =
+        make_units(p_.plan, kernels_.query_lanes, kernels_.backward_block);
     std::vector<Unit> whole;
     std::vector<std::span<const Unit>> shared;  // the units of one segment each
     for (size_t begin = 0, end = 0; begin < units.size(); begin = end) {
@@ -83,17 +84,15 @@ class Backward {
 
   // What a thread needs besides: for one unit's queries, or for a slice of a segment's rows.
   struct Work {
-    Acc* x;             // [queries, stride_]
-    Acc* dy;            // [queries, stride_]
-    Acc* packed;        // one of them
+    const T** queries;  // [queries], where the saved x or dy lie
+    Acc* packed;        // these, as the kernel wants them
     Acc* softmax_sums;  // [padded queries]
     Acc* sums;          // [queries or rows of a slice, stride_]: gradients
   };
 
   Work carve_work(Carver& carver, int64_t queries) const {
     Work work;
-    work.x = carver.take<Acc>(queries * stride_);
-    work.dy = carver.take<Acc>(queries * stride_);
+    work.queries = carver.take<const T*>(queries);
     work.packed = carver.take<Acc>(std::max(kernels_.packed_elements(queries, p_.d_in),
                                             kernels_.packed_elements(queries, p_.d_emb)));
     work.softmax_sums = carver.take<Acc>(kernels_.padded(queries));
@@ -220,16 +219,15 @@ class Backward {
     };
     const RowBlock<T> keys = block(p_.keys), values = block(p_.values);
     const Acc scale = static_cast<Acc>(p_.scale);
-    for (int64_t q = 0; q < queries; ++q) {
-      kernels_.load(saved.x + q * p_.d_in, work.x + q * stride_, p_.d_in);
-      kernels_.load(saved.dy + q * p_.d_emb, work.dy + q * stride_, p_.d_emb);
-    }
-    kernels_.pack(work.x, stride_, queries, p_.d_in, work.packed);
-    kernels_.scores(keys, work.x, stride_, work.packed, queries, p_.d_in, scale, values, saved.p);
+    const auto score = [&](const T* of, int64_t depth, const RowBlock<T>& block, Acc factor,
+                           const Ahead<T>& ahead, Acc* scores) {
+      for (int64_t q = 0; q < queries; ++q) work.queries[q] = of + q * depth;
+      kernels_.pack(work.queries, queries, depth, work.packed);
+      kernels_.scores(block, work.packed, queries, depth, factor, ahead, scores);
+    };
+    score(saved.x, p_.d_in, keys, scale, {values}, saved.p);
     kernels_.exponentials(saved.p, rows, queries, work.softmax_sums);
-    kernels_.pack(work.dy, stride_, queries, p_.d_emb, work.packed);
-    kernels_.scores(values, work.dy, stride_, work.packed, queries, p_.d_emb, Acc{1}, keys,
-                    saved.ds);
+    score(saved.dy, p_.d_emb, values, Acc{1}, {keys}, saved.ds);
     kernels_.softmax_backward(saved.p, work.softmax_sums, saved.ds, rows, queries, scale);
     if (!wants_dx()) return;
     std::fill_n(work.sums, queries * stride_, Acc{});

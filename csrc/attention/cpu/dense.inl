@@ -9,28 +9,27 @@ constexpr int kTile = L3EXT_DENSE_ACCUMULATORS;  // vectors of sums that the reg
 
 // --- packing ----------------------------------------------------------------------------------
 
-// packed[k, q] for q < padded(queries): x[q, k], zero past the queries.
-template <typename Acc>
-void pack_queries(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* packed) {
+// packed[k, q] for q < padded(queries): x[q][k], zero past the queries.
+template <typename From, typename Acc>
+void pack_queries(const From* const* x, int64_t queries, int64_t depth, Acc* packed) {
   constexpr int kStep = kLanes<Acc>;
   const int64_t ld = (queries + kStep - 1) / kStep * kStep;
   for (int64_t q = 0; q < queries; q += kStep) {
     const int64_t count = queries - q < kStep ? queries - q : kStep;
     for (int64_t k = 0; k < depth; k += kStep) {
       const int64_t elements = depth - k < kStep ? depth - k : kStep;
-      const Acc* from = x + q * x_stride + k;
       Acc* to = packed + k * ld + q;
       Vec<Acc> v[kStep];
       if (count == kStep && elements == kStep) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kStep; ++i) v[i] = load(from + i * x_stride);
+        for (int i = 0; i < kStep; ++i) v[i] = load(x[q + i] + k);
         transpose<Acc, L3EXT_VECTOR_BYTES>(v);
 #pragma GCC unroll 16
         for (int i = 0; i < kStep; ++i) store(v[i], to + i * ld);
         continue;
       }
       for (int i = 0; i < kStep; ++i) {
-        v[i] = i < count ? load_partial(from + i * x_stride, elements) : Vec<Acc>{};
+        v[i] = i < count ? load_partial(x[q + i] + k, elements) : Vec<Acc>{};
       }
       transpose<Acc, L3EXT_VECTOR_BYTES>(v);
       for (int64_t i = 0; i < elements; ++i) store(v[i], to + i * ld);

@@ -26,6 +26,7 @@ class Forward {
  public:
   using Acc = Accumulator<T>;
   static constexpr bool kQuantized = !std::is_same_v<T, Row>;
+  static constexpr bool kWidens = !std::is_same_v<T, Query<Row>>;
 
   explicit Forward(const SegmentedAttentionParams& params)
       : p_(params),
@@ -40,27 +41,76 @@ class Forward {
       run_shared(units);
       return;
     }
-    const std::vector<int32_t> order = longest_first(units);
-    parallel_for_ahead(p_.num_threads, static_cast<int64_t>(order.size()),
-                       [&](int64_t i, int64_t next) {
-                         run_unit(units[order[i]], next < 0 ? nullptr : &units[order[next]]);
+    // About what the second-level cache keeps; the next one catches what it does not.
+    constexpr int64_t kRiderBytes = int64_t{1} << 20;
+    const int64_t row_bytes = (p_.d_in + p_.d_emb) * static_cast<int64_t>(sizeof(Row));
+    const Schedule schedule = make_schedule(units, kernels_.few_queries,
+                                            kernels_.asks_for_wanted ? kRiderBytes / row_bytes : 0);
+    parallel_for_ahead(p_.num_threads, std::ssize(schedule.tasks) - 1,
+                       [&](int64_t task, int64_t next) {
+                         const auto unit = [&](int64_t i) { return &units[schedule.units[i]]; };
+                         const int64_t begin = schedule.tasks[task], end = schedule.tasks[task + 1];
+                         const Unit* after = next < 0 ? nullptr : unit(schedule.tasks[next]);
+                         std::vector<Wanted::Range>& ranges = thread_ranges();
+                         for (int64_t i = begin + 1; i < end; ++i) want_rows(*unit(i), ranges);
+                         if (after != nullptr) want_queries(*after, ranges);
+                         Wanted wanted(ranges.data(), ranges.data() + ranges.size());
+                         for (int64_t i = begin; i < end; ++i) {
+                           run_unit(*unit(i), i + 1 < end ? unit(i + 1) : after, wanted);
+                         }
                        });
   }
 
  private:
+  // Kept between calls, empty.
+  static std::vector<Wanted::Range>& thread_ranges() {
+    thread_local std::vector<Wanted::Range> ranges;
+    ranges.clear();
+    return ranges;
+  }
+
+  // All of a unit's rows: keys and values in one where they lie side by side.
+  void want_rows(const Unit& unit, std::vector<Wanted::Range>& ranges) const {
+    if (unit.rows() == 0) return;
+    const auto range = [&](const RowBlock<Row>& block, int64_t columns) -> Wanted::Range {
+      return {reinterpret_cast<const std::byte*>(block.data),
+              reinterpret_cast<const std::byte*>(block.row(block.count - 1) + columns)};
+    };
+    const Wanted::Range of_values = range(values(unit), p_.d_emb);
+    if (unit.rows() == 1) return ranges.push_back(of_values);
+    Wanted::Range of_keys = range(keys(unit), p_.d_in);
+    if (of_keys.begin <= of_values.begin && of_values.begin < of_keys.end) {
+      of_keys.end = std::max(of_keys.end, of_values.end);
+    } else {
+      ranges.push_back(of_values);
+    }
+    ranges.push_back(of_keys);
+  }
+
+  void want_queries(const Unit& unit, std::vector<Wanted::Range>& ranges) const {
+    if (unit.rows() <= 1) return;
+    for (int64_t q = unit.query_begin; q < unit.query_end; ++q) {
+      const T* x = x_row(q);
+      ranges.push_back(
+          {reinterpret_cast<const std::byte*>(x), reinterpret_cast<const std::byte*>(x + p_.d_in)});
+    }
+  }
+
   // A unit's working arrays.
   struct Work {
-    Acc* x;       // [queries, x_stride]
-    Acc* packed;  // x once more, as the kernel wants it
-    Acc* scores;  // [rows, padded queries], then the softmax's numerators
-    Acc* sums;    // [padded queries], of the numerators
-    Acc* y;       // [queries, y_stride]
+    const Query<Row>** x;  // [queries], where each query lies
+    Query<Row>* widened;   // [queries, d_in], where x is not stored so
+    Acc* packed;           // x as the kernel wants it
+    Acc* scores;           // [rows, padded queries], then the softmax's numerators
+    Acc* sums;             // [padded queries], of the numerators
+    Acc* y;                // [queries, y_stride]
   };
 
   Work carve(Carver& carver, const Unit& unit) const {
     const int64_t padded = kernels_.padded(unit.queries());
     Work work;
-    work.x = carver.take<Acc>(unit.queries() * x_stride_);
+    work.x = carver.take<const Query<Row>*>(unit.queries());
+    work.widened = carver.take<Query<Row>>(kWidens ? unit.queries() * p_.d_in : 0);
     work.packed = carver.take<Acc>(kernels_.packed_elements(unit.queries(), p_.d_in));
     work.scores = carver.take<Acc>(unit.rows() * padded);
     work.sums = carver.take<Acc>(padded);
@@ -143,17 +193,21 @@ class Forward {
 
   void prepare(const Unit& unit, const Work& work) const {
     for (int64_t q = 0; q < unit.queries(); ++q) {
-      queries_.load(x_row(unit.query_begin + q), work.x + q * x_stride_, p_.d_in);
+      if constexpr (kWidens) {
+        work.x[q] = work.widened + q * p_.d_in;
+        queries_.load(x_row(unit.query_begin + q), work.widened + q * p_.d_in, p_.d_in);
+      } else {
+        work.x[q] = x_row(unit.query_begin + q);
+      }
     }
-    kernels_.pack(work.x, x_stride_, unit.queries(), p_.d_in, work.packed);
+    kernels_.pack(work.x, unit.queries(), p_.d_in, work.packed);
     std::fill_n(work.y, unit.queries() * y_stride_, Acc{});
   }
 
-  // `next`: what the thread reads after these rows.
   void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end,
-             const RowBlock<Row>& next) const {
-    kernels_.scores(keys(unit).part(row_begin, row_end), work.x, x_stride_, work.packed,
-                    unit.queries(), p_.d_in, static_cast<Acc>(p_.scale), next,
+             const Ahead<Row>& ahead) const {
+    kernels_.scores(keys(unit).part(row_begin, row_end), work.packed, unit.queries(), p_.d_in,
+                    static_cast<Acc>(p_.scale), ahead,
                     work.scores + row_begin * kernels_.padded(unit.queries()));
     if constexpr (kQuantized) {
       multiply(scales(unit, quantization_->keys, /*of_values=*/false), row_begin, row_end,
@@ -170,11 +224,11 @@ class Forward {
   }
 
   void sum_values(const Unit& unit, const Work& work, int64_t column, int64_t columns,
-                  const RowBlock<Row>& next) const {
+                  const Ahead<Row>& ahead) const {
     RowBlock<Row> block = values(unit);
     block.data += column;
     kernels_.accumulate(block, work.scores, 1, kernels_.padded(unit.queries()), unit.queries(),
-                        columns, next, work.y + column, y_stride_);
+                        columns, ahead, work.y + column, y_stride_);
     for (int64_t q = 0; q < unit.queries(); ++q) {
       queries_.store(work.y + q * y_stride_ + column, Acc{1} / work.sums[q],
                      y_row(unit.query_begin + q) + column, columns);
@@ -182,22 +236,21 @@ class Forward {
   }
 
   // `next`: the thread's next unit, or null.
-  void run_unit(const Unit& unit, const Unit* next) const {
+  void run_unit(const Unit& unit, const Unit* next, Wanted& wanted) const {
     if (run_trivial(unit)) return;
     Carver sizes;
     carve(sizes, unit);
     Carver carver(thread_scratch(sizes.bytes()));
     const Work work = carve(carver, unit);
     prepare(unit, work);
-    // Few queries: rows are asked for in the order in which they are read, keys as keys pass and
-    // values as values do. Many: values are wanted many rows at once.
-    const bool few = kernels_.packed_elements(unit.queries(), p_.d_in) == 0;
+    // Values are asked for as their keys pass, the next unit's first rows as values do.
+    const bool few = unit.queries() <= kernels_.few_queries;
     RowBlock<Row> next_keys = {}, next_values = {};
     if (next != nullptr && next->rows() > 0) next_values = values(*next);
     if (next != nullptr && next->rows() > 1) next_keys = keys(*next);
-    score(unit, work, 0, unit.rows(), few ? next_keys : values(unit));
+    score(unit, work, 0, unit.rows(), {few ? next_keys : values(unit), &wanted});
     normalise(unit, work);
-    sum_values(unit, work, 0, p_.d_emb, next_values);
+    sum_values(unit, work, 0, p_.d_emb, {next_values, &wanted});
   }
 
   // A slice of one unit's rows or columns.
@@ -232,7 +285,7 @@ class Forward {
     const auto rows = slice(units, kRowSlice, [](const Unit& unit) { return unit.rows(); });
     parallel_for(p_.num_threads, static_cast<int64_t>(rows.size()), [&](int64_t i) {
       const auto [u, begin, end] = rows[i];
-      score(units[u], work[u], begin, end, values(units[u]).part(begin, end));
+      score(units[u], work[u], begin, end, {values(units[u]).part(begin, end)});
     });
     for (size_t u = 0; u < units.size(); ++u) {
       if (units[u].rows() > 1) normalise(units[u], work[u]);
@@ -248,7 +301,6 @@ class Forward {
   const Quantization* quantization_ = p_.quantization ? &*p_.quantization : nullptr;
   const RowKernels<T>& queries_;
   const RowKernels<Row>& kernels_;
-  const int64_t x_stride_ = spread<Acc>(p_.d_in);
   const int64_t y_stride_ = spread<Acc>(p_.d_emb);
 };
 

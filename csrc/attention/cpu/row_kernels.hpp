@@ -6,7 +6,9 @@
 // `queries` hold finite numbers that nobody reads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/cpu_features.hpp"
 #include "core/dtype.hpp"
@@ -24,35 +26,86 @@ struct RowBlock {
   RowBlock part(int64_t begin, int64_t end) const { return {row(begin), stride, end - begin}; }
 };
 
+// Memory that the thread reads later, in the order in which it does. Products of many queries leave
+// memory idle: they ask for it, some lines at a time.
+class Wanted {
+ public:
+  struct Range {
+    const std::byte* begin;
+    const std::byte* end;
+  };
+
+  Wanted(const Range* ranges, const Range* end)
+      : range_(ranges), end_(end), line_(ranges == end ? nullptr : ranges->begin) {}
+
+  bool empty() const { return range_ == end_; }
+
+  // The next `lines` cache lines, into the second-level cache. Inlined: what is compiled for one
+  // instruction set defines nothing that all may link, and a call would save all sums around it.
+  [[gnu::always_inline]] void ask(int lines) {
+    for (; lines > 0 && range_ != end_; --lines) {
+      __builtin_prefetch(line_, 0, 2);
+      line_ += 64;
+      if (line_ >= range_->end && ++range_ != end_) line_ = range_->begin;
+    }
+  }
+
+ private:
+  const Range* range_;
+  const Range* end_;
+  const std::byte* line_;
+};
+
+// What to ask memory for while rows pass, so that it is near when it is wanted.
+template <typename T>
+struct Ahead {
+  RowBlock<T> next = {};     // rows that the thread reads after these, or none
+  Wanted* wanted = nullptr;  // what it reads some time later
+};
+
+// A distance of rows of `columns` elements that is an odd number of cache lines: equal columns of
+// many rows then lie in different sets of the first-level cache.
+template <typename Acc>
+constexpr int64_t spread(int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(Acc);
+  return ((columns + kLine - 1) / kLine | 1) * kLine;
+}
+
+// How queries of rows stored as T are stored: likewise, but quantised rows meet what is computed
+// in.
+template <typename T>
+using Query = std::conditional_t<sizeof(T) == 1, Accumulator<T>, T>;
+
 // T: how rows are stored. Acc: what is computed and summed in.
 template <typename T>
 struct RowKernels {
   using Acc = Accumulator<T>;
 
-  int64_t query_lanes;  // padded() is up to a multiple of this
-  int64_t query_block;  // the most queries at once: a multiple of query_lanes
+  int64_t query_lanes;     // padded() is up to a multiple of this
+  int64_t query_block;     // the most queries at once: a multiple of query_lanes
+  int64_t backward_block;  // likewise in the backward, which keeps more of them at hand
+  int64_t few_queries;   // up to so many are bound by memory: what counts is how rows are asked for
+  bool asks_for_wanted;  // whether products of many queries ask for Ahead::wanted
   int64_t padded(int64_t queries) const {
     return (queries + query_lanes - 1) / query_lanes * query_lanes;
   }
 
-  // How scores() wants many queries: elements of the packed copy (0 where queries are few; then
-  // pack() writes nothing), and the copy itself. x: [queries, x_stride], x_stride >= depth; fast
-  // where it is spread(depth).
+  // Queries as scores() wants them, from wherever each lies: elements of the packed copy, and the
+  // copy itself. x: [queries] addresses of `depth` elements.
   int64_t (*packed_elements)(int64_t queries, int64_t depth);
-  void (*pack)(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* packed);
+  void (*pack)(const Query<T>* const* x, int64_t queries, int64_t depth, Acc* packed);
 
-  // scores[r * padded(queries) + q] = scale * dot(x[q * x_stride ..], row r) over `depth` elements.
-  // Each product is summed along the depth; only the kernels of AVX512-BF16 and AMX sum few
-  // queries' otherwise than many's. `next`: rows that the thread reads after these, asked for
-  // ahead; or none.
-  void (*scores)(RowBlock<T> rows, const Acc* x, int64_t x_stride, const Acc* packed,
-                 int64_t queries, int64_t depth, Acc scale, const RowBlock<T>& next, Acc* scores);
+  // scores[r * padded(queries) + q] = scale * dot(query q, row r) over `depth` elements. Each
+  // product is summed along the depth; only the kernels of AVX512-BF16 and AMX sum few queries'
+  // otherwise than many's.
+  void (*scores)(RowBlock<T> rows, const Acc* packed, int64_t queries, int64_t depth, Acc scale,
+                 const Ahead<T>& ahead, Acc* scores);
 
   // out[i * out_stride + c] += sum over r, ascending, of
   // weights[i * output_stride + r * row_stride] * row r [c], for i < outputs and c < columns.
   // Fast where out_stride is spread(columns).
   void (*accumulate)(RowBlock<T> rows, const Acc* weights, int64_t output_stride,
-                     int64_t row_stride, int64_t outputs, int64_t columns, const RowBlock<T>& next,
+                     int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<T>& ahead,
                      Acc* out, int64_t out_stride);
 
   void (*load)(const T* from, Acc* to, int64_t count);
@@ -66,14 +119,6 @@ struct RowKernels {
   void (*softmax_backward)(Acc* p, const Acc* sums, Acc* dp, int64_t rows, int64_t queries,
                            Acc scale);
 };
-
-// A distance of rows of `columns` elements that is an odd number of cache lines: equal columns of
-// many rows then lie in different sets of the first-level cache.
-template <typename Acc>
-constexpr int64_t spread(int64_t columns) {
-  constexpr int64_t kLine = 64 / sizeof(Acc);
-  return ((columns + kLine - 1) / kLine | 1) * kLine;
-}
 
 template <typename T>
 const RowKernels<T>& row_kernels(CpuIsa isa);

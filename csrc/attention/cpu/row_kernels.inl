@@ -35,31 +35,34 @@ constexpr int64_t kFewQueries = L3EXT_FEW_QUERIES;
 template <typename Acc>
 int64_t packed_elements(int64_t queries, int64_t depth) {
   constexpr int kStep = kLanes<Acc>;
-  return queries <= kFewQueries ? 0 : (queries + kStep - 1) / kStep * kStep * depth;
-}
-
-template <typename Acc>
-void pack(const Acc* x, int64_t x_stride, int64_t queries, int64_t depth, Acc* packed) {
-  if (queries > kFewQueries) pack_queries(x, x_stride, queries, depth, packed);
+  return queries <= kFewQueries ? queries * spread<Acc>(depth)
+                                : (queries + kStep - 1) / kStep * kStep * depth;
 }
 
 template <typename T>
-void scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride,
-            const Accumulator<T>* packed, int64_t queries, int64_t depth, Accumulator<T> scale,
-            const RowBlock<T>& next, Accumulator<T>* out) {
+void pack(const Query<T>* const* x, int64_t queries, int64_t depth, Accumulator<T>* packed) {
+  if (queries > kFewQueries) return pack_queries(x, queries, depth, packed);
+  const int64_t stride = spread<Accumulator<T>>(depth);
+  for (int64_t q = 0; q < queries; ++q) load_row(x[q], packed + q * stride, depth);
+}
+
+template <typename T>
+void scores(RowBlock<T> rows, const Accumulator<T>* packed, int64_t queries, int64_t depth,
+            Accumulator<T> scale, const Ahead<T>& ahead, Accumulator<T>* out) {
   if (queries <= kFewQueries) {
-    stream_scores<T>(rows, x, x_stride, queries, depth, scale, next, out);
+    stream_scores<T>(rows, packed, spread<Accumulator<T>>(depth), queries, depth, scale, ahead.next,
+                     out);
   } else {
-    dense_scores<T>(rows, packed, queries, depth, scale, next, out);
+    dense_scores<T>(rows, packed, queries, depth, scale, ahead.next, out);
   }
 }
 
 template <typename T>
 void accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
-                int64_t row_stride, int64_t outputs, int64_t columns, const RowBlock<T>& next,
+                int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<T>& ahead,
                 Accumulator<T>* out, int64_t out_stride) {
   const auto sum = outputs <= kFewQueries ? stream_accumulate<T> : dense_accumulate<T>;
-  sum(rows, weights, output_stride, row_stride, outputs, columns, next, out, out_stride);
+  sum(rows, weights, output_stride, row_stride, outputs, columns, ahead.next, out, out_stride);
 }
 
 // Quantised rows are read and never written.
@@ -78,8 +81,11 @@ const RowKernels<T>& table() {
   static constexpr RowKernels<T> kernels = {
       .query_lanes = kLanes<Acc>,
       .query_block = kPanels * kVectors * kLanes<Acc>,
+      .backward_block = kPanels * kVectors * kLanes<Acc>,
+      .few_queries = kFewQueries,
+      .asks_for_wanted = false,
       .packed_elements = packed_elements<Acc>,
-      .pack = pack<Acc>,
+      .pack = pack<T>,
       .scores = scores<T>,
       .accumulate = accumulate<T>,
       .load = load_row<T>,

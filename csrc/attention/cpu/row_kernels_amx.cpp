@@ -7,13 +7,16 @@
 namespace l3ext::cpu::L3EXT_ISA {
 namespace {
 
+#include "attention/cpu/prefetches.inl"
+
 constexpr int64_t kTile = 16;       // rows of a tile, and its float32 columns
 constexpr int64_t kTileDepth = 32;  // bfloat16 columns of a tile
 
 // One or two tiles of rows by one or two of columns.
 template <bool kTall, bool kWide>
-inline void multiply_tiles(const BFloat16* a, int64_t a_stride, int64_t rows, const BFloat16* ahead,
-                           const float* b, int64_t b_stride, int64_t depth, bool add, float* sums,
+inline void multiply_tiles(const BFloat16* a, int64_t a_stride, int64_t rows,
+                           const Prefetches& prefetches, int64_t first_row, const float* b,
+                           int64_t b_stride, int64_t depth, bool add, float* sums,
                            int64_t sums_stride) {
   const int64_t a_bytes = a_stride * static_cast<int64_t>(sizeof(BFloat16));
   const int64_t b_bytes = b_stride * static_cast<int64_t>(sizeof(float));
@@ -45,9 +48,7 @@ inline void multiply_tiles(const BFloat16* a, int64_t a_stride, int64_t rows, co
     }
     if constexpr (kTall && kWide) add_tile_product<3, 5, 7>();
     // The step used up a line of every row.
-    for (int64_t r = 0; ahead != nullptr && r < rows; ++r) {
-      __builtin_prefetch(ahead + r * a_stride + k, 0, 2);
-    }
+    prefetches.ask(first_row, rows, k);
   }
   store_tile<0>(sums, sums_bytes);
   if constexpr (kWide) store_tile<1>(sums + kTile, sums_bytes);
@@ -64,7 +65,7 @@ class BlockProduct {
   BlockProduct& operator=(const BlockProduct&) = delete;
   ~BlockProduct() { release_tiles(); }
 
-  void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const BFloat16* ahead,
+  void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const Prefetches& prefetches,
                   const float* b, int64_t b_stride, int64_t columns, int64_t depth, bool add,
                   float* sums, int64_t sums_stride) {
     for (int64_t r = 0; r < rows; r += 2 * kTile) {
@@ -74,8 +75,8 @@ class BlockProduct {
       const auto multiply =
           tall ? (wide ? multiply_tiles<true, true> : multiply_tiles<true, false>)
                : (wide ? multiply_tiles<false, true> : multiply_tiles<false, false>);
-      multiply(a + r * a_stride, a_stride, count, ahead == nullptr ? nullptr : ahead + r * a_stride,
-               b, b_stride, depth, add, sums + r * sums_stride, sums_stride);
+      multiply(a + r * a_stride, a_stride, count, prefetches, r, b, b_stride, depth, add,
+               sums + r * sums_stride, sums_stride);
     }
   }
 

@@ -9,13 +9,15 @@
 namespace l3ext::cpu::L3EXT_ISA {
 namespace {
 
+#include "attention/cpu/prefetches.inl"
+
 // kRows x 16 kVectors sums in registers: each broadcast pair of a row meets kVectors of `b`.
 template <int kRows, int kVectors>
-inline void multiply_rows(const BFloat16* a, int64_t a_stride, const BFloat16* ahead,
-                          const float* b, int64_t b_stride, int64_t depth, bool add, float* sums,
-                          int64_t sums_stride) {
+inline void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefetches,
+                          int64_t first_row, const float* b, int64_t b_stride, int64_t depth,
+                          bool add, float* sums, int64_t sums_stride) {
   __m512 total[kRows][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -24,16 +26,15 @@ inline void multiply_rows(const BFloat16* a, int64_t a_stride, const BFloat16* a
   }
   constexpr int64_t kLine = 32;  // elements
   for (int64_t first = 0; first < depth; first += kLine) {
-    for (int r = 0; ahead != nullptr && r < kRows; ++r) {
-      __builtin_prefetch(ahead + r * a_stride + first, 0, 2);
-    }
-    for (int64_t k = first; k < first + kLine; k += 2) {
+    prefetches.ask(first_row, kRows, first);
+#pragma GCC unroll 2
+    for (int64_t k = first; k < first + kLine; k += 2, b += b_stride) {
       __m512i columns[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        columns[v] = _mm512_loadu_si512(b + k / 2 * b_stride + v * 16);
+        columns[v] = _mm512_loadu_si512(b + v * 16);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         int32_t pair;
         std::memcpy(&pair, a + r * a_stride + k, sizeof(pair));
@@ -45,7 +46,7 @@ inline void multiply_rows(const BFloat16* a, int64_t a_stride, const BFloat16* a
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -57,17 +58,19 @@ inline void multiply_rows(const BFloat16* a, int64_t a_stride, const BFloat16* a
 // See row_kernels_bf16.inl.
 class BlockProduct {
  public:
-  void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const BFloat16* ahead,
+  void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const Prefetches& prefetches,
                   const float* b, int64_t b_stride, int64_t columns, int64_t depth, bool add,
                   float* sums, int64_t sums_stride) const {
     int64_t r = 0;
     const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
       for (; r + kRows <= rows; r += kRows) {
-        const auto multiply = columns == 32 ? multiply_rows<kRows, 2> : multiply_rows<kRows, 1>;
-        multiply(a + r * a_stride, a_stride, ahead == nullptr ? nullptr : ahead + r * a_stride, b,
-                 b_stride, depth, add, sums + r * sums_stride, sums_stride);
+        const auto multiply = kRows <= 8 && columns == 32 ? multiply_rows < kRows < 8 ? kRows : 8,
+                   2 >                                    : multiply_rows<kRows, 1>;
+        multiply(a + r * a_stride, a_stride, prefetches, r, b, b_stride, depth, add,
+                 sums + r * sums_stride, sums_stride);
       }
     };
+    if (columns == 16) run(std::integral_constant<int, 16>{});
     run(std::integral_constant<int, 8>{});
     run(std::integral_constant<int, 4>{});
     run(std::integral_constant<int, 2>{});

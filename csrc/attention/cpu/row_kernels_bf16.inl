@@ -1,17 +1,20 @@
 // Row kernels for bfloat16 and many queries on one product of blocks, which row_kernels_<isa>.cpp
 // brings:
 //
-//   BlockProduct()(a, a_stride, rows, ahead, b, b_stride, columns, depth, add, sums, sums_stride)
+//   BlockProduct()(a, a_stride, rows, prefetches, b, b_stride, columns, depth, add, sums,
+//                  sums_stride)
 //     sums[i][j] = (add ? sums[i][j] : 0) + sum over k of a[i][k] * b[k][j]
 //
 // for any number of rows, kWords or 2 kWords columns, and a depth that is a multiple of kDepth. `b`
-// holds pairs: b[k / 2][j] is b[k][j] and b[k + 1][j] in one word. `ahead`: rows as many and as far
-// apart as those of `a` that are read next, or null.
+// holds pairs: b[k / 2][j] is b[k][j] and b[k + 1][j] in one word. `prefetches`: what
+// to ask memory for meanwhile.
 //
-// Scores are table rows, read where they are, times packed queries. Sums are weights, rounded to
-// bfloat16 as on a GPU, times table rows whose neighbours are interleaved into pairs in a buffer.
-// What does not fill a block is copied beside zeros: nothing past a row, or past the last, is read.
-// Few queries, and other columns than kWords at a time, are left to the kernels of avx512.
+// Scores of many queries are table rows, read where they are, times packed queries. Few queries
+// meet a row in products of pairs side by side, which are summed across lanes in the end: the rows
+// pass one after the other, as memory gives them fastest. Sums are weights, rounded to bfloat16 as
+// on a GPU, times table rows whose neighbours are interleaved into pairs in a buffer. What does not
+// fill a block is copied beside zeros: nothing past a row, or past the last, is read. Sums of few
+// outputs, and of other columns than kWords at a time, are left to the kernels of avx512.
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -40,7 +43,8 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-bool are_few(int64_t queries) { return avx512::table<BFloat16>().packed_elements(queries, 1) == 0; }
+// Up to so many queries, a product of pairs for each is less work than one for 16 lanes.
+constexpr int64_t kFewQueries = 8;
 
 // --- blocks in registers ------------------------------------------------------------------------
 
@@ -68,22 +72,38 @@ inline U32 interleave(__m256i even, __m256i odd) {
          __builtin_convertvector(bit_cast_vector<U16>(odd), U32) << 16;
 }
 
-// --- scores -------------------------------------------------------------------------------------
+// --- queries ------------------------------------------------------------------------------------
 
-int64_t packed_elements(int64_t queries, int64_t depth) {
-  return are_few(queries) ? 0 : round_up(depth, kDepth) / 2 * round_up(queries, kWords);
+// The first `count` of 32 elements; zeros for the rest, which are not read.
+inline __m512i load_elements(const BFloat16* from, int64_t count) {
+  if (count >= kDepth) return _mm512_loadu_si512(from);
+  const uint32_t mask = count <= 0 ? 0u : (1u << count) - 1;
+  return _mm512_maskz_loadu_epi16(mask, from);
 }
 
-// packed[k / 2][q]: elements k and k + 1 of query q. Zeros beside the queries and below `depth`.
-// The queries come from bfloat16: rounding is exact.
-void pack(const float* x, int64_t x_stride, int64_t queries, int64_t depth, float* packed) {
-  if (are_few(queries)) return;
+int64_t packed_elements(int64_t queries, int64_t depth) {
+  const int64_t columns = queries <= kFewQueries ? queries : round_up(queries, kWords);
+  return round_up(depth, kDepth) / 2 * columns;
+}
+
+// Few queries: one after the other, up to a multiple of kDepth, with zeros. Many: packed[k / 2][q]
+// are elements k and k + 1 of query q, with zeros beside the queries and below `depth`.
+void pack(const BFloat16* const* x, int64_t queries, int64_t depth, float* packed) {
+  if (queries <= kFewQueries) {
+    for (int64_t q = 0; q < queries; ++q) {
+      for (int64_t k = 0; k < depth; k += kDepth, packed += kWords) {
+        _mm512_storeu_si512(packed, load_elements(x[q] + k, depth - k));
+      }
+    }
+    return;
+  }
   const int64_t stride = round_up(queries, kWords);
   for (int64_t q = 0; q < stride; q += kWords) {
     for (int64_t k = 0; k < depth; k += kDepth) {
       U32 words[kWords];
       for (int64_t i = 0; i < kWords; ++i) {
-        words[i] = q + i < queries ? load_rounded(x + (q + i) * x_stride + k, depth - k) : U32{};
+        words[i] =
+            q + i < queries ? bit_cast_vector<U32>(load_elements(x[q + i] + k, depth - k)) : U32{};
       }
       transpose<uint32_t, L3EXT_VECTOR_BYTES>(words);
       for (int64_t i = 0; i < kWords; ++i) {
@@ -93,35 +113,105 @@ void pack(const float* x, int64_t x_stride, int64_t queries, int64_t depth, floa
   }
 }
 
-void scores(RowBlock<BFloat16> rows, const float* x, int64_t x_stride, const float* packed,
-            int64_t queries, int64_t depth, float scale, const RowBlock<BFloat16>& next,
-            float* out) {
-  if (are_few(queries)) {
-    avx512::table<BFloat16>().scores(rows, x, x_stride, nullptr, queries, depth, scale, next, out);
-    return;
+// --- scores of few queries ----------------------------------------------------------------------
+
+// scores[r * ld + q] of kRows rows and kQueries queries, `packed` being `stride` apart. `after`:
+// rows that are read some time later.
+template <int kRows, int kQueries>
+inline void few_scores(const RowBlock<BFloat16>& rows, const BFloat16* const* after,
+                       const float* packed, int64_t stride, int64_t depth, float scale,
+                       float* scores, int64_t ld) {
+  __m512 sums[kRows][kQueries];
+  for (auto& row : sums) {
+    for (__m512& sum : row) sum = _mm512_setzero_ps();
   }
-  constexpr int64_t kRows = 32;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    __m512i row[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      prefetch(after[r] + k);
+      row[r] = load_elements(rows.row(r) + k, depth - k);
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < kQueries; ++q) {
+      const __m512i query = _mm512_loadu_si512(packed + q * stride + k / 2);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[r][q] = add_dot_of_pairs(sums[r][q], row[r], query);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int q = 0; q < kQueries; ++q) {
+      scores[r * ld + q] = scale * _mm512_reduce_add_ps(sums[r][q]);
+    }
+  }
+}
+
+// How many rows ahead they are asked for: some 10 KiB.
+constexpr int64_t kRowsAhead = 4;
+
+void all_few_scores(const RowBlock<BFloat16>& rows, const float* packed, int64_t queries,
+                    int64_t depth, float scale, const Ahead<BFloat16>& ahead, float* scores) {
+  const int64_t distance = smaller(rows.count, kRowsAhead);
+  const int64_t ld = round_up(queries, kWords), stride = round_up(depth, kDepth) / 2;
+  std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(float));
+  int64_t r = 0;
+  const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    const BFloat16* after[kRows];
+    for (int i = 0; i < kRows; ++i) after[i] = row_ahead(rows, r + i + distance, ahead.next);
+    const RowBlock<BFloat16> some = {rows.row(r), rows.stride, kRows};
+    int64_t q = 0;
+    const auto against = [&]<int kQueries>(std::integral_constant<int, kQueries>) {
+      for (; q + kQueries <= queries; q += kQueries) {
+        few_scores<kRows, kQueries>(some, after, packed + q * stride, stride, depth, scale,
+                                    scores + r * ld + q, ld);
+      }
+    };
+    against(std::integral_constant<int, 4>{});
+    against(std::integral_constant<int, 2>{});
+    against(std::integral_constant<int, 1>{});
+    return kRows;
+  };
+  while (r + 2 <= rows.count) r += run(std::integral_constant<int, 2>{});
+  if (r < rows.count) run(std::integral_constant<int, 1>{});
+}
+
+// --- scores of many -----------------------------------------------------------------------------
+
+void scores(RowBlock<BFloat16> rows, const float* packed, int64_t queries, int64_t depth,
+            float scale, const Ahead<BFloat16>& ahead, float* out) {
+  if (queries <= kFewQueries) {
+    return all_few_scores(rows, packed, queries, depth, scale, ahead, out);
+  }
+  // Elements of a row between two visits of the sums: so much of 32 queries (32 KiB) stays in the
+  // first-level cache while a group of rows passes.
+  constexpr int64_t kRows = 32, kPart = 512;
   const int64_t stride = round_up(queries, kWords), whole = depth / kDepth * kDepth;
-  const auto last = static_cast<__mmask32>((uint64_t{1} << (depth - whole)) - 1);
   alignas(64) BFloat16 rest[kRows * kDepth];  // of the rows' elements from `whole` on
   BlockProduct product;
   for (int64_t r = 0; r < rows.count; r += kRows) {
     const int64_t count = smaller(kRows, rows.count - r);
-    const BFloat16* ahead = r + count < rows.count ? rows.row(r + count) : next.data;
+    const RowBlock<BFloat16> after = rows_ahead(rows, r + count, ahead.next);
     float* block = out + r * stride;
-    for (int64_t i = 0; whole != depth && i < count; ++i) {
-      _mm512_store_si512(rest + i * kDepth,
-                         _mm512_maskz_loadu_epi16(last, rows.row(r + i) + whole));
-    }
-    for (int64_t q = 0; q < stride; q += 2 * kWords) {
-      const int64_t columns = smaller(2 * kWords, stride - q);
-      if (whole != 0) {
-        product(rows.row(r), rows.stride, count, q == 0 ? ahead : nullptr, packed + q, stride,
-                columns, whole, false, block + q, stride);
+    for (int64_t k = 0; k < whole; k += kPart) {
+      const int64_t part = smaller(kPart, whole - k);
+      for (int64_t q = 0; q < stride; q += 2 * kWords) {
+        Prefetches prefetches = {.wanted = ahead.wanted};
+        if (q == 0 && after.count > 0) {
+          prefetches.rows = after.data + k;
+          prefetches.stride = after.stride;
+        }
+        product(rows.row(r) + k, rows.stride, count, prefetches, packed + k / 2 * stride + q,
+                stride, smaller(2 * kWords, stride - q), part, k != 0, block + q, stride);
       }
-      if (whole != depth) {
-        product(rest, kDepth, count, nullptr, packed + whole / 2 * stride + q, stride, columns,
-                kDepth, whole != 0, block + q, stride);
+    }
+    if (whole != depth) {
+      for (int64_t i = 0; i < count; ++i) {
+        _mm512_store_si512(rest + i * kDepth,
+                           load_elements(rows.row(r + i) + whole, depth - whole));
+      }
+      for (int64_t q = 0; q < stride; q += 2 * kWords) {
+        product(rest, kDepth, count, {}, packed + whole / 2 * stride + q, stride,
+                smaller(2 * kWords, stride - q), kDepth, whole != 0, block + q, stride);
       }
     }
     for (int64_t i = 0; i < count * stride; i += kWords) {
@@ -162,60 +252,70 @@ void round_weights(const float* weights, int64_t output_stride, int64_t row_stri
   }
 }
 
-// pairs[r / 2][c]: rows r and r + 1 of column c; zeros from the last row to `depth`.
+// pairs[r / 2][c]: rows r and r + 1 of column c; zeros from the last row to `depth`. kWords or
+// 2 kWords columns.
 void interleave_rows(const RowBlock<BFloat16>& rows, int64_t columns, int64_t depth,
                      uint32_t* pairs) {
-  const auto load_row = [&](int64_t r, int64_t c) {
-    return r < rows.count ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows.row(r) + c))
-                          : _mm256_setzero_si256();
-  };
-  for (int64_t r = 0; r < depth; r += 2) {
-    for (int64_t c = 0; c < columns; c += kWords) {
-      store_words(interleave(load_row(r, c), load_row(r + 1, c)), pairs + r * kWords + c);
+  // Of two vectors of 32: 0, 32, 1, 33 and so on to 15, 47; and from there on.
+  alignas(64) uint16_t order[kDepth];
+  for (int i = 0; i < kDepth; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+  const __m512i low = _mm512_load_si512(order);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t r = 0; r < depth; r += 2, pairs += 2 * kWords) {
+    const __m512i even = load_elements(rows.row(r), r < rows.count ? columns : 0);
+    const __m512i odd = load_elements(rows.row(r + 1), r + 1 < rows.count ? columns : 0);
+    _mm512_storeu_si512(pairs, _mm512_permutex2var_epi16(even, low, odd));
+    if (columns > kWords) {
+      _mm512_storeu_si512(pairs + kWords, _mm512_permutex2var_epi16(even, high, odd));
     }
   }
 }
 
+// Outputs that share one interleaving of rows: their weights for 128 rows take 32 KiB, the rows'
+// pairs 8 KiB.
+constexpr int64_t kOutputs = 8 * kWords;
+
 // Of columns that are a multiple of kWords.
 void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
                   int64_t row_stride, int64_t outputs, int64_t columns,
-                  const RowBlock<BFloat16>& next, float* out, int64_t out_stride) {
-  // Rows whose pairs, and outputs whose weights, are at hand at once: 8 KiB and 16 KiB.
-  constexpr int64_t kRows = 128, kOutputs = 64, kPanel = 2 * kWords;
+                  const Ahead<BFloat16>& ahead, float* out, int64_t out_stride) {
+  constexpr int64_t kRows = 128, kPanel = 2 * kWords;
   alignas(64) uint32_t pairs[kRows / 2 * kPanel];
   alignas(64) BFloat16 rounded[kOutputs * kRows];
   BlockProduct product;
   for (int64_t r = 0; r < rows.count; r += kRows) {
     const int64_t count = smaller(kRows, rows.count - r), depth = round_up(count, kDepth);
-    const BFloat16* ahead = r + count < rows.count ? rows.row(r + count) : next.data;
+    const RowBlock<BFloat16> after = rows_ahead(rows, r + count, ahead.next);
     for (int64_t i = 0; i < outputs; i += kOutputs) {
       const int64_t some = smaller(kOutputs, outputs - i);
       round_weights(weights + i * output_stride + r * row_stride, output_stride, row_stride, some,
                     count, rounded, depth);
       for (int64_t c = 0; c < columns; c += kPanel) {
         const int64_t panel = smaller(kPanel, columns - c);
-        for (int64_t k = 0; i == 0 && ahead != nullptr && k < count; ++k) {
-          __builtin_prefetch(ahead + k * rows.stride + c, 0, 2);
+        for (int64_t k = 0; i == 0 && k < smaller(count, after.count); ++k) {
+          prefetch(after.row(k) + c);
         }
         interleave_rows({rows.row(r) + c, rows.stride, count}, panel, depth, pairs);
-        product(rounded, depth, some, nullptr, reinterpret_cast<const float*>(pairs), kPanel, panel,
-                depth, true, out + i * out_stride + c, out_stride);
+        product(rounded, depth, some, {.wanted = ahead.wanted},
+                reinterpret_cast<const float*>(pairs), kPanel, panel, depth, true,
+                out + i * out_stride + c, out_stride);
       }
     }
   }
 }
 
 void accumulate(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
-                int64_t row_stride, int64_t outputs, int64_t columns,
-                const RowBlock<BFloat16>& next, float* out, int64_t out_stride) {
-  const int64_t whole = are_few(outputs) ? 0 : columns / kWords * kWords;
+                int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<BFloat16>& ahead,
+                float* out, int64_t out_stride) {
+  const bool few = outputs <= avx512::table<BFloat16>().few_queries;
+  const int64_t whole = few ? 0 : columns / kWords * kWords;
   if (whole != 0) {
-    add_products(rows, weights, output_stride, row_stride, outputs, whole, next, out, out_stride);
+    add_products(rows, weights, output_stride, row_stride, outputs, whole, ahead, out, out_stride);
   }
   if (whole != columns) {
     const RowBlock<BFloat16> rest = {rows.data + whole, rows.stride, rows.count};
     avx512::table<BFloat16>().accumulate(rest, weights, output_stride, row_stride, outputs,
-                                         columns - whole, next, out + whole, out_stride);
+                                         columns - whole, ahead, out + whole, out_stride);
   }
 }
 
@@ -224,7 +324,10 @@ void accumulate(RowBlock<BFloat16> rows, const float* weights, int64_t output_st
 const RowKernels<BFloat16>& table() {
   static const RowKernels<BFloat16> kernels = [] {
     RowKernels<BFloat16> all = avx512::table<BFloat16>();
-    all.query_block = 4 * kWords;  // the outputs that share one interleaving of the rows
+    all.query_block = kOutputs;
+    all.backward_block = kOutputs / 2;
+    all.asks_for_wanted = true;
+    all.few_queries = kFewQueries;
     all.packed_elements = packed_elements;
     all.pack = pack;
     all.scores = scores;

@@ -1,6 +1,7 @@
 #include "attention/cpu/schedule.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <numeric>
 
 #include "core/error.hpp"
@@ -36,6 +37,37 @@ std::vector<int32_t> longest_first(const std::vector<Unit>& units) {
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return cost(a) > cost(b); });
   return order;
+}
+
+Schedule make_schedule(const std::vector<Unit>& units, int64_t few_queries, int64_t rider_rows) {
+  std::vector<int32_t> order = longest_first(units);
+  const auto few = std::stable_partition(
+      order.begin(), order.end(), [&](int32_t i) { return units[i].queries() > few_queries; });
+  const auto products = [&](int32_t i) { return units[i].rows() * units[i].queries(); };
+  double all_products = 0, all_rows = 0;
+  for (auto i = order.begin(); i != few; ++i) all_products += static_cast<double>(products(*i));
+  for (auto i = few; i != order.end(); ++i) all_rows += static_cast<double>(units[*i].rows());
+
+  Schedule schedule;
+  schedule.units.reserve(order.size());
+  auto rider = few;
+  double share = 0, taken = 0;  // of the rows of few queries: up to this unit, and so far
+  for (auto i = order.begin(); i != few; ++i) {
+    schedule.tasks.push_back(std::ssize(schedule.units));
+    schedule.units.push_back(*i);
+    share += all_rows * static_cast<double>(products(*i)) / std::max(all_products, 1.0);
+    for (int64_t rows = 0; rider != order.end() && taken < share && rows < rider_rows; ++rider) {
+      schedule.units.push_back(*rider);
+      rows += units[*rider].rows();
+      taken += static_cast<double>(units[*rider].rows());
+    }
+  }
+  for (; rider != order.end(); ++rider) {
+    schedule.tasks.push_back(std::ssize(schedule.units));
+    schedule.units.push_back(*rider);
+  }
+  schedule.tasks.push_back(std::ssize(schedule.units));
+  return schedule;
 }
 
 void check_plan(const PlanView& plan, int64_t table_rows, bool disjoint_rows) {

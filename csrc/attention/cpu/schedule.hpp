@@ -28,6 +28,19 @@ std::vector<Unit> make_units(const PlanView& plan, int64_t lanes, int64_t block)
 // Indices of `units`, most expensive first, so that the last to finish is a short one.
 std::vector<int32_t> longest_first(const std::vector<Unit>& units);
 
+// Units in the order of work, in tasks that one thread does each. A unit of many queries is bound
+// by products and leaves memory idle, so units of few, bound by memory, ride along with it: they
+// follow it in its task, their rows being asked for while it is computed. Where no more may ride, a
+// unit of few is a task of its own, after all others.
+struct Schedule {
+  std::vector<int32_t> units;  // indices
+  std::vector<int64_t> tasks;  // where each begins in `units`, and the end of the last
+};
+
+// Most expensive first, so that the last to finish is a short one. `few_queries`: up to so many are
+// few; `rider_rows`: the rows that ride along with one unit, one unit's more at most.
+Schedule make_schedule(const std::vector<Unit>& units, int64_t few_queries, int64_t rider_rows);
+
 // Bytes from the first element to behind the last row, at most.
 template <typename T>
 size_t extent(const MutableRows& rows, int64_t count) {

@@ -1,21 +1,6 @@
 // Few queries: every row comes from memory once and is used a few times, so that what counts is
 // how early it was asked for.
 
-// The row that comes `ahead` rows after the first of `rows`: one of them, or what is read next.
-template <typename T>
-inline const T* row_ahead(const RowBlock<T>& rows, int64_t ahead, const RowBlock<T>& next) {
-  if (ahead < rows.count) return rows.row(ahead);
-  if (next.count == 0) return rows.row(0);
-  ahead -= rows.count;  // what lies behind the last row nobody may want
-  return next.row(ahead < next.count ? ahead : next.count - 1);
-}
-
-// Into the second-level cache: the first takes it from there faster than it is used up.
-template <typename T>
-inline void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
-}
-
 // The vector that holds element `e` of each of a vector of words, a word being as many stored
 // elements as fit one that is computed with.
 template <typename T, int kBytes>

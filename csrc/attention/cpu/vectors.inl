@@ -303,3 +303,26 @@ inline auto widen_word(WordVector words) {
     return widen_halves(halves);
   }
 }
+
+// --- rows --------------------------------------------------------------------------------------
+
+// The row that comes `ahead` rows after the first of `rows`: one of them, or what is read next.
+template <typename T>
+inline const T* row_ahead(const RowBlock<T>& rows, int64_t ahead, const RowBlock<T>& next) {
+  if (ahead < rows.count) return rows.row(ahead);
+  if (next.count == 0) return rows.row(0);
+  ahead -= rows.count;  // what lies behind the last row nobody may want
+  return next.row(ahead < next.count ? ahead : next.count - 1);
+}
+
+// The rows from number `ahead` on; where there is none, what is read next.
+template <typename T>
+inline RowBlock<T> rows_ahead(const RowBlock<T>& rows, int64_t ahead, const RowBlock<T>& next) {
+  return ahead < rows.count ? rows.part(ahead, rows.count) : next;
+}
+
+// Into the second-level cache: the first takes it from there faster than it is used up.
+template <typename T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
