@@ -13,7 +13,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <memory>
+#include <cstring>
+#include <new>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -24,7 +25,6 @@
 #include "attention/segmented_attention.hpp"
 #include "attention_workload.hpp"
 #include "core/dtype.hpp"
-#include "core/huge_pages.hpp"
 #include "core/parallel.hpp"
 
 namespace {
@@ -52,10 +52,26 @@ BFloat16 as(float value, const BFloat16*) {
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
+// Where cache lines begin, as tensors lie.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename U>
+  explicit LineAllocator(const LineAllocator<U>& /*other*/) {}
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
+  }
+  void deallocate(T* p, size_t /*count*/) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const LineAllocator& /*other*/) const { return true; }
+};
+template <typename T>
+using Matrix = std::vector<T, LineAllocator<T>>;
+
 // Multiples of 1/1024 below 1/16.
 template <typename T>
-std::vector<T> matrix(int64_t rows, int64_t columns) {
-  std::vector<T> values(static_cast<size_t>(rows * columns));
+Matrix<T> matrix(int64_t rows, int64_t columns) {
+  Matrix<T> values(static_cast<size_t>(rows * columns));
   std::mt19937 random(1);
   for (T& v : values)
     v = as(static_cast<float>(random() % 64) / 1024, static_cast<const T*>(nullptr));
@@ -63,15 +79,15 @@ std::vector<T> matrix(int64_t rows, int64_t columns) {
 }
 
 template <typename T>
-const std::vector<T>& table() {
-  static const std::vector<T> kTable = matrix<T>(workload().table_rows(), kWidth);
+const Matrix<T>& table() {
+  static const Matrix<T> kTable = matrix<T>(workload().table_rows(), kWidth);
   return kTable;
 }
 
 // Bytes a second that all threads read of the table in large pieces.
 double read_bandwidth() {
   static const double kBandwidth = [] {
-    const std::vector<float>& values = table<float>();
+    const Matrix<float>& values = table<float>();
     constexpr int64_t kPiece = int64_t{1} << 18;
     const auto pieces = static_cast<int64_t>(values.size()) / kPiece;
     std::vector<float> sums(static_cast<size_t>(pieces));
@@ -137,7 +153,7 @@ struct Steps {
     state.SetItemsProcessed(state.iterations() * n);
   }
 
-  std::vector<T> x;
+  Matrix<T> x;
   std::vector<l3ext::PlanBuffers> plans;
   std::vector<StepShape> shapes;
 };
@@ -146,7 +162,7 @@ template <typename T>
 void Forward(benchmark::State& state) {
   const int64_t n = state.range(0);
   const Steps<T> steps(n);
-  std::vector<T> y(static_cast<size_t>(n * kDEmb));
+  Matrix<T> y(static_cast<size_t>(n * kDEmb));
   size_t i = 0;
   for (auto _ : state) {
     l3ext::SegmentedAttentionParams params;
@@ -161,11 +177,11 @@ template <typename T>
 void Backward(benchmark::State& state) {
   const int64_t n = state.range(0);
   const Steps<T> steps(n);
-  const std::vector<T> dy = matrix<T>(n, kDEmb);
-  std::vector<T> dx(static_cast<size_t>(n * kDIn));
+  const Matrix<T> dy = matrix<T>(n, kDEmb);
+  Matrix<T> dx(static_cast<size_t>(n * kDIn));
   int64_t most_rows = 0;
   for (const StepShape& shape : steps.shapes) most_rows = std::max(most_rows, shape.rows);
-  std::vector<T> gradients(static_cast<size_t>(most_rows * kWidth));
+  Matrix<T> gradients(static_cast<size_t>(most_rows * kWidth));
   std::vector<std::vector<int64_t>> places;  // where the gradients of each step's segments begin
   for (const l3ext::PlanBuffers& plan : steps.plans) {
     std::vector<int64_t>& begin = places.emplace_back();

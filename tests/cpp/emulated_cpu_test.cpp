@@ -137,7 +137,8 @@ void kernels_leave_no_tiles_behind() {
   kernels.scores(block, packed.data(), kCount, kCount, 1, {}, scores.data());
   EXPECT(scores[7] == 32);
   EXPECT_THROWS(Error, zero_tile<0>());
-  kernels.accumulate(block, weights.data(), kCount, 1, kCount, kCount, {}, sums.data(), kCount);
+  kernels.accumulate(block, weights.data(), kCount, 1, kCount, kCount, {}, true, sums.data(),
+                     kCount);
   EXPECT(sums[7] == 32);
   EXPECT_THROWS(Error, zero_tile<0>());
 }

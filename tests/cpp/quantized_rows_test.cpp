@@ -96,7 +96,7 @@ void scores_and_sums_meet_exact_elements() {
       EXPECT(exact);
       const std::vector<float> weights(padded, 1.0f);
       kernels.accumulate({row.data(), depth, 1}, weights.data(), 1, padded, queries, depth, {},
-                         out.data(), depth);
+                         true, out.data(), depth);
       for (int64_t i = 0; i < queries * depth; ++i) {
         exact = exact && out[i] == value_of(row[i % depth]);
       }

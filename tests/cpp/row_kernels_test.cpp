@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <iterator>
 #include <limits>
 #include <random>
@@ -202,7 +203,7 @@ struct Weights {
 };
 
 template <typename T>
-void check_sums(CpuIsa isa, const RowKernels<T>& kernels, const Shape& shape, bool by_row,
+void check_sums(CpuIsa isa, const RowKernels<T>& kernels, const Shape& shape, bool by_row, bool add,
                 std::mt19937& random, Checker& checker) {
   using Acc = l3ext::Accumulator<T>;
   const auto [row_count, outputs, columns] = shape;
@@ -212,7 +213,7 @@ void check_sums(CpuIsa isa, const RowKernels<T>& kernels, const Shape& shape, bo
   const Guarded<Acc> out(before.stored.size());
   std::copy_n(before.stored.data(), out.size(), out.data());
   kernels.accumulate(rows.block(), weights.stored.data(), weights.stride, weights.row_stride,
-                     outputs, columns, {}, out.data(), before.stride);
+                     outputs, columns, {}, add, out.data(), before.stride);
   // Each weight is rounded to bfloat16 where the products take it so.
   const bool rounds = std::is_same_v<T, BFloat16> && isa >= CpuIsa::kAvx512Bf16;
   const double error = 2 * static_cast<double>(row_count + 4) * kRoundoff<Acc>;
@@ -220,14 +221,14 @@ void check_sums(CpuIsa isa, const RowKernels<T>& kernels, const Shape& shape, bo
       l3ext::concat(row_count, " rows, ", outputs, " outputs, ", columns, " columns");
   for (int64_t i = 0; i < outputs; ++i) {
     for (int64_t c = 0; c < columns; ++c) {
-      double sum = before.at(i, c), magnitude = 0;
+      const double begin = add ? before.at(i, c) : 0;
+      double sum = begin, magnitude = 0;
       for (int64_t r = 0; r < row_count; ++r) {
         const double product = static_cast<double>(weights.at(i, r)) * rows.at(r, c);
         sum += product;
         magnitude += std::abs(product);
       }
-      const double bound =
-          error * (std::abs(before.at(i, c)) + magnitude) + (rounds ? magnitude / 256 : 0);
+      const double bound = error * (std::abs(begin) + magnitude) + (rounds ? magnitude / 256 : 0);
       checker.near(static_cast<double>(out[i * before.stride + c]), sum, bound, name);
     }
     for (int64_t c = columns; i + 1 < outputs && c < before.stride; ++c) {
@@ -243,10 +244,39 @@ void accumulated_sums_match_float64() {
       Checker checker{"accumulate", isa};
       for (const Shape& shape : shapes()) {
         for (const bool by_row : {false, true}) {
-          check_sums<T>(isa, kernels, shape, by_row, random, checker);
+          const bool add = random() % 2 == 0;
+          check_sums<T>(isa, kernels, shape, by_row, add, random, checker);
         }
       }
       EXPECT(checker.ok);
+    });
+  });
+}
+
+// Past the caches the same bits arrive, wherever rows begin and end, and nothing beside them.
+void rows_arrive_past_caches() {
+  for_each_type([]<typename T>(l3ext::TypeTag<T>) {
+    using Acc = l3ext::Accumulator<T>;
+    std::mt19937 random(4);
+    for_each_table<T>([&](CpuIsa, const RowKernels<T>& kernels) {
+      bool same = true;
+      for (const int64_t columns :
+           {int64_t{1}, int64_t{32}, int64_t{48}, int64_t{64}, int64_t{100}}) {
+        for (const int64_t stride : {columns, columns + 1, columns + 32}) {
+          constexpr int64_t kRows = 5;
+          std::vector<Acc> from(kRows * columns);
+          for (Acc& value : from) value = static_cast<Acc>(some_value(random)) / 3;
+          alignas(64) static T plain[4096], past[4096];
+          std::memset(plain, 0x11, sizeof(plain));
+          std::memset(past, 0x11, sizeof(past));
+          for (int64_t r = 0; r < kRows; ++r) {
+            kernels.store(from.data() + r * columns, 1, plain + 32 + r * stride, columns);
+          }
+          kernels.store_past_caches(from.data(), columns, past + 32, stride, kRows, columns);
+          same = same && std::memcmp(plain, past, sizeof(plain)) == 0;
+        }
+      }
+      EXPECT(same);
     });
   });
 }
@@ -292,8 +322,8 @@ void nan_stays_where_it_belongs() {
         const Weights<Acc> weights(queries, kRows, true, random);
         for (const auto& [count, out] : {std::pair{kBad, &above}, std::pair{kRows, &all}}) {
           kernels.accumulate({rows.stored.data(), rows.stride, count}, weights.stored.data(),
-                             weights.stride, weights.row_stride, queries, kColumns, {}, out->data(),
-                             kColumns);
+                             weights.stride, weights.row_stride, queries, kColumns, {}, true,
+                             out->data(), kColumns);
         }
         bool right = true;
         for (int64_t q = 0; q < queries; ++q) {
@@ -318,5 +348,6 @@ int main() {
   RUN(accumulated_sums_match_float64);
   RUN(nan_stays_where_it_belongs);
   RUN(what_is_wanted_ends);
+  RUN(rows_arrive_past_caches);
   return check::failures == 0 ? 0 : 1;
 }

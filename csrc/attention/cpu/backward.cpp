@@ -34,6 +34,10 @@ class Backward {
     const int64_t rows = p_.segment_gradients == nullptr ? p_.table_rows : p_.gradient_rows;
     advise_huge_pages(p_.dkeys.data, extent<T>(p_.dkeys, rows));
     advise_huge_pages(p_.dvalues.data, extent<T>(p_.dvalues, rows));
+    // Half of a small last-level cache, of which other data want their share.
+    constexpr int64_t kCachedBytes = int64_t{16} << 20;
+    const int64_t width = p_.d_in + (tied() ? 0 : p_.d_emb);
+    past_caches_ = rows * width * static_cast<int64_t>(sizeof(T)) > kCachedBytes;
     if (wants_rows() && p_.segment_gradients == nullptr) zero_untouched();
     const std::vector<Unit> units =
         make_units(p_.plan, kernels_.query_lanes, kernels_.backward_block);
@@ -112,10 +116,8 @@ class Backward {
   }
 
   void zero_rows(int64_t begin, int64_t end) const {
-    for (int64_t r = begin; r < end; ++r) {
-      std::fill_n(at(p_.dkeys, r), p_.d_in, T{});
-      if (!tied()) std::fill_n(at(p_.dvalues, r), p_.d_emb, T{});
-    }
+    store_rows(zeros_.data(), 0, p_.dkeys, begin, end - begin, p_.d_in);
+    if (!tied()) store_rows(zeros_.data(), 0, p_.dvalues, begin, end - begin, p_.d_emb);
   }
 
   void zero_untouched() const {
@@ -230,8 +232,8 @@ class Backward {
     score(saved.dy, p_.d_emb, values, Acc{1}, {keys}, saved.ds);
     kernels_.softmax_backward(saved.p, work.softmax_sums, saved.ds, rows, queries, scale);
     if (!wants_dx()) return;
-    std::fill_n(work.sums, queries * stride_, Acc{});
-    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, {}, work.sums, stride_);
+    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, {}, /*add=*/false,
+                        work.sums, stride_);
     for (int64_t q = 0; q < queries; ++q) {
       kernels_.store(work.sums + q * stride_, Acc{1}, at(p_.dx, positions[q]), p_.d_in);
     }
@@ -245,26 +247,38 @@ class Backward {
     for (int64_t r = begin; r < end; r += kRowSlice) {
       const int64_t count = std::min(kRowSlice, end - r);
       const auto write = [&](const MutableRows& to, int64_t columns) {
-        for (int64_t i = 0; i < count; ++i) {
-          kernels_.store(sums + i * stride_, Acc{1}, at(to, first + r + i), columns);
+        store_rows(sums, stride_, to, first + r, count, columns);
+      };
+      // Of the rows' slice, from the weights and queries that each part has; sums of the parts.
+      const auto sum = [&](auto weights, auto queries, int64_t columns, bool add) {
+        for (const Saved& part : parts) {
+          kernels_.accumulate({queries(part), columns, part.queries},
+                              weights(part) + r * part.padded, part.padded, 1, count, columns, {},
+                              add || &part != parts.data(), sums, stride_);
         }
       };
-      std::fill_n(sums, count * stride_, Acc{});
       if (segment.rows() > 1) {
-        for (const Saved& part : parts) {
-          kernels_.accumulate({part.x, p_.d_in, part.queries}, part.ds + r * part.padded,
-                              part.padded, 1, count, p_.d_in, {}, sums, stride_);
-        }
-      }
-      if (!tied()) {
-        write(p_.dkeys, p_.d_in);
+        sum([](const Saved& part) { return part.ds; }, [](const Saved& part) { return part.x; },
+            p_.d_in, /*add=*/false);
+      } else {
         std::fill_n(sums, count * stride_, Acc{});
       }
-      for (const Saved& part : parts) {
-        kernels_.accumulate({part.dy, p_.d_emb, part.queries}, part.p + r * part.padded,
-                            part.padded, 1, count, p_.d_emb, {}, sums, stride_);
-      }
+      if (!tied()) write(p_.dkeys, p_.d_in);
+      sum([](const Saved& part) { return part.p; }, [](const Saved& part) { return part.dy; },
+          p_.d_emb, /*add=*/tied());
       write(tied() ? p_.dkeys : p_.dvalues, p_.d_emb);
+    }
+  }
+
+  // Gradients of rows that no cache will hold are written past them.
+  void store_rows(const Acc* from, int64_t from_stride, const MutableRows& to, int64_t begin,
+                  int64_t count, int64_t columns) const {
+    if (past_caches_) {
+      return kernels_.store_past_caches(from, from_stride, at(to, begin), to.stride, count,
+                                        columns);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      kernels_.store(from + i * from_stride, Acc{1}, at(to, begin + i), columns);
     }
   }
 
@@ -274,6 +288,8 @@ class Backward {
   const SegmentedAttentionBackwardParams& p_;
   const RowKernels<T>& kernels_;
   const int64_t stride_ = spread<Acc>(std::max(p_.d_in, p_.d_emb));
+  const std::vector<Acc> zeros_ = std::vector<Acc>(static_cast<size_t>(stride_));
+  bool past_caches_ = false;
   std::unique_ptr<std::byte[]> workspace_;
   size_t workspace_bytes_ = 0;
 };

@@ -201,7 +201,6 @@ class Forward {
       }
     }
     kernels_.pack(work.x, unit.queries(), p_.d_in, work.packed);
-    std::fill_n(work.y, unit.queries() * y_stride_, Acc{});
   }
 
   void score(const Unit& unit, const Work& work, int64_t row_begin, int64_t row_end,
@@ -228,7 +227,7 @@ class Forward {
     RowBlock<Row> block = values(unit);
     block.data += column;
     kernels_.accumulate(block, work.scores, 1, kernels_.padded(unit.queries()), unit.queries(),
-                        columns, ahead, work.y + column, y_stride_);
+                        columns, ahead, /*add=*/false, work.y + column, y_stride_);
     for (int64_t q = 0; q < unit.queries(); ++q) {
       queries_.store(work.y + q * y_stride_ + column, Acc{1} / work.sums[q],
                      y_row(unit.query_begin + q) + column, columns);

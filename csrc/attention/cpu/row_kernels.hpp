@@ -101,16 +101,21 @@ struct RowKernels {
   void (*scores)(RowBlock<T> rows, const Acc* packed, int64_t queries, int64_t depth, Acc scale,
                  const Ahead<T>& ahead, Acc* scores);
 
-  // out[i * out_stride + c] += sum over r, ascending, of
+  // out[i * out_stride + c] = (add ? itself : 0) + sum over r, ascending, of
   // weights[i * output_stride + r * row_stride] * row r [c], for i < outputs and c < columns.
   // Fast where out_stride is spread(columns).
   void (*accumulate)(RowBlock<T> rows, const Acc* weights, int64_t output_stride,
                      int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<T>& ahead,
-                     Acc* out, int64_t out_stride);
+                     bool add, Acc* out, int64_t out_stride);
 
   void (*load)(const T* from, Acc* to, int64_t count);
   // Multiplies by `factor` and rounds to nearest even. Null for quantised rows: nobody writes them.
   void (*store)(const Acc* from, Acc factor, T* to, int64_t count);
+  // Rounds rows likewise and writes them past the caches, if a row of `to` begins and ends where a
+  // vector does: a store to a line that no cache holds would read it first. For outputs that no
+  // cache will hold anyway. Null as store().
+  void (*store_past_caches)(const Acc* from, int64_t from_stride, T* to, int64_t to_stride,
+                            int64_t rows, int64_t columns);
 
   // scores = exp(scores - the largest of their query); sums[q]: the sum over rows.
   void (*exponentials)(Acc* scores, int64_t rows, int64_t queries, Acc* sums);

@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -60,18 +60,31 @@ void scores(RowBlock<T> rows, const Accumulator<T>* packed, int64_t queries, int
 template <typename T>
 void accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
                 int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<T>& ahead,
-                Accumulator<T>* out, int64_t out_stride) {
+                bool add, Accumulator<T>* out, int64_t out_stride) {
+  for (int64_t i = 0; !add && i < outputs; ++i) {
+    std::memset(out + i * out_stride, 0, static_cast<size_t>(columns) * sizeof(*out));
+  }
   const auto sum = outputs <= kFewQueries ? stream_accumulate<T> : dense_accumulate<T>;
   sum(rows, weights, output_stride, row_stride, outputs, columns, ahead.next, out, out_stride);
 }
 
 // Quantised rows are read and never written.
 template <typename T>
-constexpr auto kStored = store_row<T>;
-template <>
-constexpr decltype(RowKernels<int8_t>::store) kStored<int8_t> = nullptr;
-template <>
-constexpr decltype(RowKernels<Float8E4M3>::store) kStored<Float8E4M3> = nullptr;
+constexpr decltype(RowKernels<T>::store) stored() {
+  if constexpr (sizeof(T) == 1) {
+    return nullptr;
+  } else {
+    return store_row<T>;
+  }
+}
+template <typename T>
+constexpr decltype(RowKernels<T>::store_past_caches) stored_past_caches() {
+  if constexpr (sizeof(T) == 1) {
+    return nullptr;
+  } else {
+    return store_rows_past_caches<T>;
+  }
+}
 
 }  // namespace
 
@@ -89,7 +102,8 @@ const RowKernels<T>& table() {
       .scores = scores<T>,
       .accumulate = accumulate<T>,
       .load = load_row<T>,
-      .store = kStored<T>,
+      .store = stored<T>(),
+      .store_past_caches = stored_past_caches<T>(),
       .exponentials = exponentials<Acc>,
       .softmax_backward = softmax_backward<Acc>,
   };

@@ -278,7 +278,7 @@ constexpr int64_t kOutputs = 8 * kWords;
 // Of columns that are a multiple of kWords.
 void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
                   int64_t row_stride, int64_t outputs, int64_t columns,
-                  const Ahead<BFloat16>& ahead, float* out, int64_t out_stride) {
+                  const Ahead<BFloat16>& ahead, bool add, float* out, int64_t out_stride) {
   constexpr int64_t kRows = 128, kPanel = 2 * kWords;
   alignas(64) uint32_t pairs[kRows / 2 * kPanel];
   alignas(64) BFloat16 rounded[kOutputs * kRows];
@@ -297,7 +297,7 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
         }
         interleave_rows({rows.row(r) + c, rows.stride, count}, panel, depth, pairs);
         product(rounded, depth, some, {.wanted = ahead.wanted},
-                reinterpret_cast<const float*>(pairs), kPanel, panel, depth, true,
+                reinterpret_cast<const float*>(pairs), kPanel, panel, depth, add || r > 0,
                 out + i * out_stride + c, out_stride);
       }
     }
@@ -306,16 +306,17 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
 
 void accumulate(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
                 int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<BFloat16>& ahead,
-                float* out, int64_t out_stride) {
+                bool add, float* out, int64_t out_stride) {
   const bool few = outputs <= avx512::table<BFloat16>().few_queries;
   const int64_t whole = few ? 0 : columns / kWords * kWords;
   if (whole != 0) {
-    add_products(rows, weights, output_stride, row_stride, outputs, whole, ahead, out, out_stride);
+    add_products(rows, weights, output_stride, row_stride, outputs, whole, ahead, add, out,
+                 out_stride);
   }
   if (whole != columns) {
     const RowBlock<BFloat16> rest = {rows.data + whole, rows.stride, rows.count};
     avx512::table<BFloat16>().accumulate(rest, weights, output_stride, row_stride, outputs,
-                                         columns - whole, ahead, out + whole, out_stride);
+                                         columns - whole, ahead, add, out + whole, out_stride);
   }
 }
 

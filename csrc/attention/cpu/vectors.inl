@@ -246,6 +246,46 @@ void store_row(const Accumulator<T>* from, Accumulator<T> factor, T* to, int64_t
   if (i < count) store_partial<Acc>(load_partial(from + i, count - i) * factor, to + i, count - i);
 }
 
+// As many bytes as a vector of them has, to where one may begin, past the caches where the
+// processor can.
+template <size_t kBytes>
+inline void write_past_caches(const void* from, void* to) {
+#if L3EXT_VECTOR_BYTES >= 64
+  if constexpr (kBytes == 64) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#endif
+#if L3EXT_VECTOR_BYTES >= 32
+  if constexpr (kBytes == 32) {
+    return _mm256_stream_si256((__m256i*)to, _mm256_loadu_si256((const __m256i*)from));
+  }
+#endif
+#if defined(__x86_64__)
+  if constexpr (kBytes == 16)
+    return _mm_stream_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)from));
+#endif
+  std::memcpy(to, from, kBytes);
+}
+
+template <typename T>
+void store_rows_past_caches(const Accumulator<T>* from, int64_t from_stride, T* to,
+                            int64_t to_stride, int64_t rows, int64_t columns) {
+  using Acc = Accumulator<T>;
+  constexpr size_t kBytes = kLanes<Acc> * sizeof(T);
+  for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
+    if (reinterpret_cast<uintptr_t>(to) % kBytes != 0 || columns % kLanes<Acc> != 0) {
+      store_row<T>(from, Acc{1}, to, columns);
+      continue;
+    }
+    for (int64_t i = 0; i < columns; i += kLanes<Acc>) {
+      T vector[kLanes<Acc>];
+      store(load(from + i), vector);
+      write_past_caches<kBytes>(vector, to + i);
+    }
+  }
+#if defined(__x86_64__)
+  _mm_sfence();  // such writes are ordered by nothing else, not by an unlocked mutex either
+#endif
+}
+
 // --- transposes -------------------------------------------------------------------------------
 
 // Swaps lanes crosswise between two vectors, kDistance apart: one step of a transpose.
