@@ -1,4 +1,4 @@
-// How fast the LZW counter reads, and what it holds afterwards.
+// How fast the LZW counter reads, in one thread and in two, and what it holds afterwards.
 //
 //   L3EXT_BENCH_TOKENS=tokens.bin  raw little-endian int32 ids, in which the largest id ends each
 //                                  document; the real thing.
@@ -84,11 +84,12 @@ const Corpus& corpus() {
 
 void lzw_update(benchmark::State& state, Parse parse) {
   const Corpus& c = corpus();
+  const auto threads = static_cast<int>(state.range(0));
   size_t nbytes = 0;
   uint32_t codewords = 0;
   for (auto _ : state) {
     Counter counter(c.vocab_size, parse);
-    counter.update(c.tokens, c.offsets);
+    counter.update(c.tokens, c.offsets, {}, threads);
     nbytes = counter.nbytes();
     codewords = counter.num_codewords();
   }
@@ -98,8 +99,12 @@ void lzw_update(benchmark::State& state, Parse parse) {
   state.counters["nbytes"] = static_cast<double>(nbytes);
   state.counters["codewords"] = codewords;
 }
-BENCHMARK_CAPTURE(lzw_update, paper, Parse::kPaper)->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(lzw_update, lzw, Parse::kLzw)->Unit(benchmark::kMillisecond);
+
+void in_threads(benchmark::internal::Benchmark* benchmark) {
+  benchmark->ArgName("threads")->Arg(1)->Arg(2)->Unit(benchmark::kMillisecond);
+}
+BENCHMARK_CAPTURE(lzw_update, paper, Parse::kPaper)->Apply(in_threads)->UseRealTime();
+BENCHMARK_CAPTURE(lzw_update, lzw, Parse::kLzw)->Apply(in_threads)->UseRealTime();
 
 // What lzw_stream counts; the same for the same corpus.
 class Stream {
@@ -155,7 +160,7 @@ void lzw_stream(benchmark::State& state, Parse parse) {
     for (int64_t done = 0; done < total; done += kBlock) {
       stream.draw(static_cast<size_t>(std::min(kBlock, total - done)), block);
       const auto started = std::chrono::steady_clock::now();
-      counter.update(block.tokens, block.offsets);
+      counter.update(block.tokens, block.offsets, {}, static_cast<int>(state.range(0)));
       const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
       seconds += took.count();
       if (done >= total / 4 * 3) {
@@ -171,13 +176,10 @@ void lzw_stream(benchmark::State& state, Parse parse) {
   }
 }
 BENCHMARK_CAPTURE(lzw_stream, paper, Parse::kPaper)
-    ->Unit(benchmark::kMillisecond)
+    ->Apply(in_threads)
     ->UseManualTime()
     ->Iterations(1);
-BENCHMARK_CAPTURE(lzw_stream, lzw, Parse::kLzw)
-    ->Unit(benchmark::kMillisecond)
-    ->UseManualTime()
-    ->Iterations(1);
+BENCHMARK_CAPTURE(lzw_stream, lzw, Parse::kLzw)->Apply(in_threads)->UseManualTime()->Iterations(1);
 
 void lzw_grant(benchmark::State& state) {
   const Corpus& c = corpus();

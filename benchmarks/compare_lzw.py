@@ -1,10 +1,11 @@
 """LZW counter against the plain Python listing, on one text file, in one run.
 
-    python benchmarks/compare_lzw.py corpus.txt --tokenizer tokenizer.json --json out.json
+    python benchmarks/compare_lzw.py corpus.txt --tokenizer tokenizer.json --threads 1 2 --json out.json
 
 Trains a byte-level BPE on the file where the tokenizer file does not exist yet. A line is a
-document. Both sides count the same tokens and must end with the same dictionary; their runs
-alternate, so that both see the same machine.
+document. Both sides count the same tokens and must end with the same dictionary. Numbers of threads
+take turns; the plain listing has its own, as a system that takes freed memory back meanwhile lets
+the next run pay for it.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def summary(seconds, tokens):
     return {"median": statistics.median(rates), "min": rates[0], "max": rates[-1]}
 
 
-def count(tokens, offsets, vocab_size, parse):
+def count(tokens, offsets, vocab_size, parse, threads):
     counter = l3ext.LZWCounter(vocab_size, parse=parse)
-    counter.update(tokens, offsets)
+    counter.update(tokens, offsets, threads=threads)
     return counter
 
 
@@ -70,18 +71,20 @@ def count_plainly(documents, vocab_size, parse):
     return reference
 
 
-def compare(tokens, offsets, vocab_size, parse, runs, plain_runs):
+def compare(tokens, offsets, vocab_size, parse, threads, runs, plain_runs):
     documents = np.split(tokens, offsets[1:-1])
     documents = [document.tolist() for document in documents]
-    ours, plain = [], []
-    for run in range(max(runs, plain_runs)):
-        if run < plain_runs:
-            seconds, reference = timed(lambda: count_plainly(documents, vocab_size, parse))
-            plain.append(seconds)
-        if run < runs:
-            seconds, counter = timed(lambda: count(tokens, offsets, vocab_size, parse))
-            ours.append(seconds)
-    same = list(counter.codewords()) == list(reference.count.items())
+    ours, plain = {n: [] for n in threads}, []
+    same = True
+    for _ in range(plain_runs):
+        seconds, reference = timed(lambda: count_plainly(documents, vocab_size, parse))
+        plain.append(seconds)
+    for run in range(runs):
+        for n in threads if run % 2 == 0 else threads[::-1]:
+            seconds, counter = timed(lambda n=n: count(tokens, offsets, vocab_size, parse, n))
+            ours[n].append(seconds)
+            if run == 0:
+                same &= list(counter.codewords()) == list(reference.count.items())
     tracemalloc.start()
     reference = count_plainly(documents, vocab_size, parse)
     plain_bytes = tracemalloc.get_traced_memory()[0]
@@ -89,9 +92,9 @@ def compare(tokens, offsets, vocab_size, parse, runs, plain_runs):
     allocation = counter.allocate(4 * vocab_size, 512)
     return {
         "parse": parse,
-        "equal_dictionaries": same and len(reference.count) == counter.num_codewords,
+        "equal_dictionaries": same,
         "codewords": counter.num_codewords,
-        "tokens_per_second": summary(ours, tokens.size),
+        "tokens_per_second": {n: summary(seconds, tokens.size) for n, seconds in ours.items()},
         "plain_tokens_per_second": summary(plain, tokens.size),
         "nbytes": counter.nbytes,
         "plain_nbytes": plain_bytes,
@@ -108,6 +111,7 @@ def main():
     parser.add_argument("text", type=Path, help="one document a line")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json; made if new")
     parser.add_argument("--vocab-size", type=int, default=32768, help="of a new tokenizer")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="that count, in turn")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--plain-runs", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -119,16 +123,23 @@ def main():
     print(f"{tokens.size:,} tokens, {offsets.size - 1:,} documents, vocabulary {vocab_size:,}")
     results = []
     for parse in ("paper", "lzw"):
-        result = compare(tokens, offsets, vocab_size, parse, arguments.runs, arguments.plain_runs)
+        result = compare(
+            tokens, offsets, vocab_size, parse, arguments.threads, arguments.runs,
+            arguments.plain_runs,
+        )  # fmt: skip
         results.append(result)
-        ours, plain = result["tokens_per_second"], result["plain_tokens_per_second"]
+        plain = result["plain_tokens_per_second"]
+        for threads, ours in result["tokens_per_second"].items():
+            print(
+                f"{parse:5}  C++, {threads} threads: {ours['median'] / 1e6:.2f} M tokens/s "
+                f"({ours['min'] / 1e6:.2f}-{ours['max'] / 1e6:.2f}), "
+                f"{1e9 / ours['median']:.1f} ns a token, {ours['median'] / plain['median']:.0f}x"
+            )
         print(
-            f"{parse:5}  C++ {ours['median'] / 1e6:.2f} M tokens/s "
-            f"({ours['min'] / 1e6:.2f}-{ours['max'] / 1e6:.2f}), {result['nbytes'] / 1e6:.0f} MB;  "
-            f"Python {plain['median'] / 1e6:.2f} M tokens/s "
-            f"({plain['min'] / 1e6:.2f}-{plain['max'] / 1e6:.2f}), "
-            f"{result['plain_nbytes'] / 1e6:.0f} MB;  "
-            f"{ours['median'] / plain['median']:.0f}x;  {result['codewords']:,} codewords, "
+            f"       Python {plain['median'] / 1e6:.2f} M tokens/s "
+            f"({plain['min'] / 1e6:.2f}-{plain['max'] / 1e6:.2f});  memory "
+            f"{result['nbytes'] / 1e6:.0f} MB and {result['plain_nbytes'] / 1e6:.0f} MB;  "
+            f"{result['codewords']:,} codewords, "
             f"equal: {result['equal_dictionaries']};  rows: {result['tokens_with_1_row']:,} own 1, "
             f"{result['tokens_with_512_rows']} own 512, "
             f"mean {result['mean_rows_per_corpus_token']:.1f}"

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
-import torch  # noqa: F401  (before _C, see l3ext/__init__.py)
+import torch  # before _C, see l3ext/__init__.py
 
 from l3ext import _C
 from l3ext._arrays import host_integers
@@ -29,6 +29,7 @@ from l3ext._files import atomic_path
 _FORMAT = "l3ext.allocation"
 _VERSION = "1"
 _CODEWORDS_PER_CALL = 1 << 14
+_MANY_THREADS = 1 << 16  # any larger number means the same, and fits what takes it
 _INT64_MAX = int(np.iinfo(np.int64).max)
 
 
@@ -225,8 +226,11 @@ class LZWCounter:
             )
         self._native = _C.LZWCounter(size, parse, bound)
 
-    def update(self, tokens: Any, offsets: Any = None) -> None:
+    def update(self, tokens: Any, offsets: Any = None, *, threads: int | None = None) -> None:
         """Count more documents.
+
+        The result is the same for any number of threads. One of them parses and the others read
+        ahead for it; updates of fewer than 65,536 tokens take one alone.
 
         Args:
             tokens: integers [n] in [0, vocab_size): a NumPy array, a torch tensor in host memory
@@ -234,10 +238,12 @@ class LZWCounter:
                 during the call; any other integer dtype is converted as a whole.
             offsets: integers [documents+1] that start at 0, never fall and end at n; document d is
                 tokens[offsets[d]:offsets[d+1]]. None: one document.
+            threads: the most threads that count, at least 1; more than four have nothing to do.
+                None: ``torch.get_num_threads()``.
 
         Raises:
             TypeError: not integers in host memory.
-            ValueError: an id out of range (says which and where), or wrong offsets.
+            ValueError: an id out of range (says which and where), wrong offsets, or no threads.
 
         Whatever is raised, KeyboardInterrupt included, the counter is as it was before the call.
         """
@@ -246,7 +252,10 @@ class LZWCounter:
             cuts = np.array([0, ids.size], np.int64)
         else:
             cuts = host_integers(offsets, "offsets").astype(np.int64, copy=False)
-        self._native.update(ids, cuts)
+        count = torch.get_num_threads() if threads is None else _integer(threads, "threads")
+        if count < 1:
+            raise ValueError(f"threads: expected at least 1, got {count}")
+        self._native.update(ids, cuts, min(count, _MANY_THREADS))
 
     def merge(self, other: LZWCounter) -> None:
         """Add the codewords of another counter, which stays as it is.

@@ -4,6 +4,7 @@
 
 #include "core/error.hpp"
 #include "lzw/scout.hpp"
+#include "lzw/scouts.hpp"
 
 namespace l3ext::lzw {
 namespace {
@@ -15,10 +16,15 @@ constexpr int64_t kTokensPerPoll = 1 << 18;
 // Long enough for the walks of a scout to be busy together, and short enough that most guesses hold
 // (97 % for prose) and what they read is still in the second-level cache.
 constexpr int64_t kTokensPerStretch = 4096;
+// A millisecond and more of work: the start of a thread takes some 50 us.
+constexpr int64_t kTokensForThreads = 1 << 16;
+// The parse takes what two threads guess for it.
+constexpr int kMostThreads = 4;
 template <typename Token>
 constexpr int64_t kTokensPerLine = 64 / sizeof(Token);
-// So that a line is in the first-level cache when the parse comes to it.
-constexpr size_t kGuessesAhead = 8;
+// So that a line is in the first-level cache when the parse comes to it, and before that the one
+// after it, where it is full. Twice as far ahead it is asked for: another thread may have it.
+constexpr size_t kGuessesAhead = 16;
 
 // Asks the hook once per kTokensPerPoll tokens.
 class Poll {
@@ -111,29 +117,36 @@ Counter::Counter(int64_t vocab_size, Parse parse, std::optional<int64_t> max_cod
 }
 
 void Counter::update(std::span<const int32_t> tokens, std::span<const int64_t> offsets,
-                     const InterruptHook& interrupted) {
-  update_checked(tokens, offsets, interrupted);
+                     const InterruptHook& interrupted, int num_threads) {
+  update_checked(tokens, offsets, interrupted, num_threads);
 }
 
 void Counter::update(std::span<const int64_t> tokens, std::span<const int64_t> offsets,
-                     const InterruptHook& interrupted) {
-  update_checked(tokens, offsets, interrupted);
+                     const InterruptHook& interrupted, int num_threads) {
+  update_checked(tokens, offsets, interrupted, num_threads);
 }
 
 template <typename Token>
 void Counter::update_checked(std::span<const Token> tokens, std::span<const int64_t> offsets,
-                             const InterruptHook& interrupted) {
+                             const InterruptHook& interrupted, int num_threads) {
+  L3EXT_CHECK(num_threads >= 1, "num_threads: expected at least 1, got ", num_threads);
   check_offsets(offsets, static_cast<int64_t>(tokens.size()));
   check_tokens(tokens, offsets, static_cast<uint32_t>(vocab_size()), Poll(interrupted));
   const uint32_t old_size = num_codewords();
+  Team team(std::ssize(tokens) < kTokensForThreads ? 1 : std::min(num_threads, kMostThreads));
   Credits credits;
+  const Team::Job add_up = [&](size_t thread) {
+    if (thread == 0) apply(credits);
+    if (thread + 1 != team.size()) return;
+    for (const Token token : tokens) ++frequency_[static_cast<size_t>(token)];
+  };
   Poll poll(interrupted);
   try {
     const Documents<Token> documents{tokens.data(), offsets};
     if (parse_ == Parse::kPaper) {
-      parse_all<Parse::kPaper>(documents, credits, poll);
+      parse_all<Parse::kPaper>(documents, team, credits, poll);
     } else {
-      parse_all<Parse::kLzw>(documents, credits, poll);
+      parse_all<Parse::kLzw>(documents, team, credits, poll);
     }
     counts_.resize(num_codewords());
   } catch (...) {
@@ -143,8 +156,7 @@ void Counter::update_checked(std::span<const Token> tokens, std::span<const int6
   // A codeword counts 1 from the paper's insertion on, and 0 from the textbook's.
   std::fill(counts_.data() + old_size, counts_.data() + counts_.size(),
             parse_ == Parse::kPaper ? 1 : 0);
-  apply(credits);
-  for (const Token token : tokens) ++frequency_[static_cast<size_t>(token)];
+  team.run(add_up);
   num_tokens_ += static_cast<int64_t>(tokens.size());
 }
 
@@ -153,13 +165,13 @@ void Counter::update_checked(std::span<const Token> tokens, std::span<const int6
 template <Parse parse, typename Token>
 [[gnu::always_inline]] inline int64_t Counter::parse_phrase(const Token* tokens, int64_t j,
                                                             int64_t end, Dictionary::Probe probe,
-                                                            Credits& credits) {
+                                                            Team& team, Credits& credits) {
   for (; j < end; ++j) {
     const uint32_t found = dictionary_.answer(probe);
     if (found == 0) {
       credits.increments.push_back(probe.parent());
       if (num_codewords() != max_codewords_) [[likely]]
-        dictionary_.insert(probe);
+        dictionary_.insert(probe, &team);
       return parse == Parse::kPaper ? j + 1 : j;
     }
     if (j + 1 == end) {
@@ -179,33 +191,53 @@ template <Parse parse, typename Token>
 }
 
 // Stretch by stretch: guesses the phrases of the next tokens, many at a time, and then parses them
-// in order, each from its guess on where there is one.
+// in order, each from its guess on where there is one. With a team, others guess ahead meanwhile,
+// but where the table may grow.
 template <Parse parse, typename Token, typename Poll>
-void Counter::parse_all(const Documents<Token>& documents, Credits& credits, Poll& poll) {
+void Counter::parse_all(const Documents<Token>& documents, Team& team, Credits& credits,
+                        Poll& poll) {
   constexpr int64_t kShortest = parse == Parse::kPaper ? 2 : 1;  // a document with a phrase
   const auto [tokens, offsets] = documents;
   const int64_t n = offsets.back();
+  // The tokens after `end`: the walks jump about in them, so that no hardware prefetcher helps.
+  const auto prefetch_after = [&](int64_t end) {
+    for (int64_t j = end; j < std::min(n, end + kTokensPerStretch); j += kTokensPerLine<Token>) {
+      __builtin_prefetch(tokens + j);
+    }
+  };
   Scout scout;
+  Scouts scouts(team, dictionary_, (n + kTokensPerStretch - 1) / kTokensPerStretch,
+                [&](Scout& guessing, int64_t stretch) {
+                  const int64_t begin = stretch * kTokensPerStretch;
+                  const int64_t end = std::min(n, begin + kTokensPerStretch);
+                  prefetch_after(end);
+                  const auto next = std::upper_bound(offsets.begin(), offsets.end(), begin);
+                  return guessing.guess<parse>(dictionary_, documents,
+                                               static_cast<size_t>(next - offsets.begin() - 1),
+                                               begin, end);
+                });
   size_t document = 0;
   for (int64_t i = 0; i < n; poll(i)) {
     while (offsets[document + 1] <= i) ++document;
     // A phrase inserts one codeword at most and is a token at least: until the stretch's last
     // phrase the table does not grow, and its probes stay good. It never does with a bound that it
     // has room for.
-    const size_t room = dictionary_.room();
-    const bool grows = max_codewords_ - num_codewords() > room;
-    const int64_t begin = i;
+    const auto room = static_cast<int64_t>(dictionary_.room());
+    const bool grows = int64_t{max_codewords_} - num_codewords() > room;
     const int64_t longest =
-        grows ? std::clamp<int64_t>(static_cast<int64_t>(room), 1, kTokensPerStretch)
-              : kTokensPerStretch;
-    const int64_t end = std::min(n, begin + longest);
-    // The next stretch's tokens: the walks jump about in them, so that no hardware prefetcher
-    // helps.
-    for (int64_t j = end; j < std::min(n, end + kTokensPerStretch); j += kTokensPerLine<Token>) {
-      __builtin_prefetch(tokens + j);
+        grows ? std::clamp<int64_t>(room, 1, kTokensPerStretch) : kTokensPerStretch;
+    int64_t begin = i;
+    int64_t end = std::min(n, begin + longest);
+    std::span<const Guess> guesses;
+    if (team.size() > 1 && longest == kTokensPerStretch) {
+      begin = i / kTokensPerStretch * kTokensPerStretch;
+      end = std::min(n, begin + kTokensPerStretch);
+      guesses = scouts.take(begin / kTokensPerStretch);
+    } else {
+      scouts.pause();
+      prefetch_after(end);
+      guesses = scout.guess<parse>(dictionary_, documents, document, begin, end);
     }
-    const std::span<const Guess> guesses =
-        scout.guess<parse>(dictionary_, documents, document, begin, end);
     // Parses the phrase at `at`, or goes on to the next document; returns where to go on.
     const auto parse_one = [&](int64_t at, const Guess* guess) {
       const int64_t document_end = offsets[document + 1];
@@ -215,16 +247,17 @@ void Counter::parse_all(const Documents<Token>& documents, Credits& credits, Pol
       }
       if (guess != nullptr) {
         const int64_t known = begin + guess->end;
-        return parse_phrase<parse>(tokens, known, document_end, guess->probe, credits);
+        return parse_phrase<parse>(tokens, known, document_end, guess->probe, team, credits);
       }
       const auto first = static_cast<uint32_t>(tokens[at]);
       const auto probe = at + 1 < document_end
                              ? dictionary_.probe(first, static_cast<uint32_t>(tokens[at + 1]))
                              : Dictionary::Probe::of(first);
-      return parse_phrase<parse>(tokens, at + 1, document_end, probe, credits);
+      return parse_phrase<parse>(tokens, at + 1, document_end, probe, team, credits);
     };
     for (size_t g = 0; g < guesses.size(); ++g) {
-      guesses[std::min(g + kGuessesAhead, guesses.size() - 1)].probe.prefetch();
+      guesses[std::min(g + 2 * kGuessesAhead, guesses.size() - 1)].probe.prefetch();
+      guesses[std::min(g + kGuessesAhead, guesses.size() - 1)].probe.prefetch_next();
       const int64_t guessed = begin + guesses[g].begin;
       while (i < guessed) i = parse_one(i, nullptr);
       if (i == guessed) [[likely]]

@@ -13,6 +13,7 @@
 #include "lzw/flat_array.hpp"
 #include "lzw/parse.hpp"
 #include "lzw/scout.hpp"
+#include "lzw/team.hpp"
 
 namespace l3ext::lzw {
 
@@ -30,12 +31,14 @@ class Counter {
   Counter(int64_t vocab_size, Parse parse, std::optional<int64_t> max_codewords = std::nullopt);
 
   // Counts documents tokens[offsets[d] .. offsets[d+1]). tokens: ids in [0, vocab_size); offsets:
-  // starts at 0, never falls, ends at tokens.size(). Throws kValue (which, where), kInterrupted, or
-  // std::bad_alloc; the counter is then exactly as before the call.
+  // starts at 0, never falls, ends at tokens.size(). Up to num_threads threads, this one included,
+  // work on a long update, with the same result for any number; more than four have nothing to do.
+  // Throws kValue (which, where), kInterrupted, or std::bad_alloc; the counter is then exactly as
+  // before the call.
   void update(std::span<const int32_t> tokens, std::span<const int64_t> offsets,
-              const InterruptHook& interrupted = {});
+              const InterruptHook& interrupted = {}, int num_threads = 1);
   void update(std::span<const int64_t> tokens, std::span<const int64_t> offsets,
-              const InterruptHook& interrupted = {});
+              const InterruptHook& interrupted = {}, int num_threads = 1);
 
   // Adds another counter's codewords, as if both were one that counted its documents apart: counts,
   // frequencies, num_tokens and max_codewords add up (unbounded stays unbounded); the codewords
@@ -84,12 +87,12 @@ class Counter {
 
   template <typename Token>
   void update_checked(std::span<const Token> tokens, std::span<const int64_t> offsets,
-                      const InterruptHook& interrupted);
+                      const InterruptHook& interrupted, int num_threads);
   template <Parse parse, typename Token, typename Poll>
-  void parse_all(const Documents<Token>& documents, Credits& credits, Poll& poll);
+  void parse_all(const Documents<Token>& documents, Team& team, Credits& credits, Poll& poll);
   template <Parse parse, typename Token>
   int64_t parse_phrase(const Token* tokens, int64_t j, int64_t end, Dictionary::Probe probe,
-                       Credits& credits);
+                       Team& team, Credits& credits);
   void apply(const Credits& credits) noexcept;
   uint32_t find_or_insert(uint32_t parent, uint32_t token);
 

@@ -4,6 +4,7 @@
 #include <bit>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "core/error.hpp"
 
@@ -35,9 +36,9 @@ void Dictionary::refuse() {
               "dictionary: expected at most 4294967295 codewords; count the corpus in parts");
 }
 
-void Dictionary::reserve_slots(size_t size) {
+void Dictionary::reserve_slots(size_t size, Team* team) {
   const size_t lines = lines_for(size - vocab_size_);
-  if (lines > lines_.size()) move_to(lines);
+  if (lines > lines_.size()) move_to(lines, team);
 }
 
 void Dictionary::truncate(uint32_t size) noexcept {
@@ -51,34 +52,65 @@ void Dictionary::truncate(uint32_t size) noexcept {
   }
 }
 
-uint32_t Dictionary::answer_after(const Probe& probe) const {
-  for (auto i = static_cast<size_t>(probe.line_ - &lines_[0]);;) {
-    i = next(i);
-    const uint32_t found = lines_[i].find(probe.parent(), probe.token());
-    if (found != 0 || lines_[i].edges <= kEdgesPerLine) return found;
-  }
-}
-
 void Dictionary::place(size_t line, const Slot& slot) noexcept {
   while (!lines_[line].add(slot)) line = next(line);
 }
 
-// Reads the old table and writes the new one from front to back, and gives the old one's memory
-// back on the way: the two together never hold more than the larger of them and a little.
-void Dictionary::move_to(size_t size) {
-  constexpr size_t kLinesPerRelease = size_t{1} << 20;
-  FlatArray<Line> lines;
-  lines.resize(size);  // zeros
-  std::swap(lines, lines_);
+// Each thread moves a range of the hashes. What is left then are edges of one range that belong to
+// another: a few at the ranges' ends.
+void Dictionary::move_to(size_t size, Team* team) {
+  constexpr size_t kLinesForThreads = size_t{1} << 13;  // 512 KiB
+  const bool shared = team != nullptr && std::min(size, lines_.size()) >= kLinesForThreads;
+  const size_t parts = shared ? team->size() : 1;
+  std::vector<Left> left(parts);
+  FlatArray<Line> old;
+  const Team::Job move = [&](size_t part) { left[part] = move_part(old, part, parts); };
+  old.resize(size);  // zeros
+  std::swap(old, lines_);
   capacity_ = edges_in(size);
-  for (size_t i = 0; i < lines.size(); ++i) {
-    const size_t edges = std::min<size_t>(lines[i].edges, kEdgesPerLine);
-    for (size_t s = 0; s < edges; ++s) {
-      const Slot slot = lines[i].at(s);
-      place(home(key_of(slot.parent, slot.token)), slot);
-    }
-    if (i % kLinesPerRelease == 0) lines.release_front(i);
+  if (shared) {
+    team->run(move);
+  } else {
+    move(0);
   }
+  for (const auto& [line, edges] : left) {
+    for (size_t e = 0; e < edges; ++e) {
+      const Slot slot = old[line + e / kEdgesPerLine].at(e % kEdgesPerLine);
+      place(home(slot.key), slot);
+    }
+  }
+}
+
+// Reads its part of the old table and writes its part of the new one from front to back, and gives
+// the old one's memory back on the way: the two together never hold more than the larger of them
+// and a little. Edges that find no place in its part of the new table it collects at the front of
+// its part of the old one.
+Dictionary::Left Dictionary::move_part(FlatArray<Line>& old, size_t part, size_t parts) noexcept {
+  constexpr size_t kLinesPerRelease = size_t{1} << 17;  // 8 MiB
+  const size_t first = part * old.size() / parts;
+  const size_t last = (part + 1) * old.size() / parts;
+  const size_t begin = part * lines_.size() / parts;
+  const size_t end = (part + 1) * lines_.size() / parts;
+  Left left{first, 0};
+  size_t unreleased = first;
+  for (size_t i = first; i < last; ++i) {
+    const size_t edges = std::min<size_t>(old[i].edges, kEdgesPerLine);
+    for (size_t s = 0; s < edges; ++s) {
+      const Slot slot = old[i].at(s);
+      size_t line = home(slot.key);
+      if (line < begin) line = end;
+      while (line < end && !lines_[line].add(slot)) ++line;
+      if (line >= end) [[unlikely]] {
+        old[first + left.edges / kEdgesPerLine].put(left.edges % kEdgesPerLine, slot);
+        ++left.edges;
+      }
+    }
+    if (i - unreleased == kLinesPerRelease) {
+      old.release(std::max(unreleased, first + left.edges / kEdgesPerLine + 1), i);
+      unreleased = i;
+    }
+  }
+  return left;
 }
 
 // Sweeps the table once and places every edge that stays anew: where it was or before, as all lines
@@ -94,7 +126,7 @@ void Dictionary::remove_from(uint32_t size) noexcept {
     const size_t edges = std::min<size_t>(line.edges, kEdgesPerLine);
     for (size_t s = 0; s < edges; ++s) {
       const Slot slot = line.at(s);
-      if (slot.id < size) place(home(key_of(slot.parent, slot.token)), slot);
+      if (slot.id < size) place(home(slot.key), slot);
     }
   } while (i != start);
 }

@@ -56,8 +56,11 @@ class FlatArray {
     pages_.shrink(nbytes());
   }
 
-  // Elements before i are not needed any more: gives their memory back.
-  void release_front(size_t i) noexcept { pages_.release_front(i * sizeof(T)); }
+  // Elements [begin .. end) are not needed any more: gives memory that is all theirs back. They may
+  // be zeros then.
+  void release(size_t begin, size_t end) noexcept {
+    pages_.release(begin * sizeof(T), end * sizeof(T));
+  }
 
  private:
   void reserve(size_t size) {

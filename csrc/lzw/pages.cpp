@@ -77,9 +77,12 @@ void Pages::shrink(size_t nbytes) noexcept {
   }
 }
 
-void Pages::release_front(size_t nbytes) noexcept {
-  nbytes = nbytes / kHugePage * kHugePage;
-  if (mapped_ && nbytes > 0) ::madvise(data_, nbytes, MADV_DONTNEED);
+void Pages::release(size_t begin, size_t end) noexcept {
+  begin = whole_pages(begin);
+  end = end / kHugePage * kHugePage;
+  if (mapped_ && begin < end) {
+    ::madvise(static_cast<char*>(data_) + begin, end - begin, MADV_DONTNEED);
+  }
 }
 
 void Pages::swap(Pages& other) noexcept {

@@ -25,8 +25,8 @@ class Pages {
   void grow(size_t nbytes);
   // Gives memory beyond so many bytes back.
   void shrink(size_t nbytes) noexcept;
-  // Gives the memory of the whole pages before `nbytes` back; they read as zeros then.
-  void release_front(size_t nbytes) noexcept;
+  // Gives the memory of the whole pages within bytes [begin .. end) back; they read as zeros then.
+  void release(size_t begin, size_t end) noexcept;
 
  private:
   void swap(Pages& other) noexcept;

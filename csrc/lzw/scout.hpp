@@ -5,7 +5,8 @@
 //
 // A guess is a fact all the same: a codeword that is in the dictionary stays there, with its id.
 // The parse starts its own walk at the guess instead of at a single token, and so is exact whatever
-// the guesses are. They are worth more the more of them end where the parse's phrases end.
+// the guesses are. They are worth more the more of them end where the parse's phrases end. Nor does
+// it matter if the parse inserts meanwhile, in another thread.
 #pragma once
 
 #include <algorithm>
@@ -42,8 +43,8 @@ class Scout {
   // and at the cuts between the walks. `document` holds tokens[begin]; at most 2^31 tokens. Valid
   // until the next call. Throws std::bad_alloc.
   template <Parse parse, typename Token>
-  std::span<const Guess> guess(const Dictionary& dictionary, const Documents<Token>& documents,
-                               size_t document, int64_t begin, int64_t end);
+  std::span<Guess> guess(const Dictionary& dictionary, const Documents<Token>& documents,
+                         size_t document, int64_t begin, int64_t end);
 
  private:
   // Some 250 ns of work between a walk's steps: what a line takes from memory.
@@ -95,7 +96,9 @@ class ScoutWalk {
   // phrase ends is not predictable, so nothing branches on it: `found` is 0 there.
   [[gnu::always_inline]] bool step(const Dictionary& dictionary, const Token* tokens,
                                    int64_t first) {
-    const uint32_t found = dictionary.answer(phrase_.probe);
+    const uint32_t found = dictionary.ask(phrase_.probe);
+    if (found == Dictionary::kNone) [[unlikely]]
+      return true;  // the next line has its turn like any other
     const uint32_t ends = unpredictable(uint32_t{found == 0});
     *out_ = phrase_;  // stays where the phrase ends, else the next overwrites it
     out_ += ends;
@@ -138,8 +141,8 @@ class ScoutWalk {
 };
 
 template <Parse parse, typename Token>
-std::span<const Guess> Scout::guess(const Dictionary& dictionary, const Documents<Token>& documents,
-                                    size_t document, int64_t begin, int64_t end) {
+std::span<Guess> Scout::guess(const Dictionary& dictionary, const Documents<Token>& documents,
+                              size_t document, int64_t begin, int64_t end) {
   std::array<ScoutWalk<parse, Token>, kWalks> walks;
   std::array<size_t, kWalks> part_of;  // walk
   guesses_.resize(2 * static_cast<size_t>(end - begin));

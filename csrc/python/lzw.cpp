@@ -95,7 +95,8 @@ void check_vector(const TensorView& tensor, const char* argument) {
   check_contiguous(tensor, argument);
 }
 
-void update(SharedCounter& shared, const TensorArg& tokens, const TensorArg& offsets) {
+void update(SharedCounter& shared, const TensorArg& tokens, const TensorArg& offsets,
+            int num_threads) {
   check_vector(tokens.view(), "tokens");
   check_vector(offsets.view(), "offsets");
   check_dtype(offsets.view(), "offsets", DType::kInt64);
@@ -103,7 +104,7 @@ void update(SharedCounter& shared, const TensorArg& tokens, const TensorArg& off
     using Token = typename decltype(tag)::type;
     shared.with([&](lzw::Counter& counter) {
       counter.update(vector_of<Token>(tokens.view()), vector_of<int64_t>(offsets.view()),
-                     interrupted);
+                     interrupted, num_threads);
     });
   });
 }
@@ -180,7 +181,7 @@ void bind_lzw(py::module_& module) {
             shared.with([&](Counter& counter) { counter.save(path); });
           },
           py::arg("path"))
-      .def("update", update, py::arg("tokens"), py::arg("offsets"))
+      .def("update", update, py::arg("tokens"), py::arg("offsets"), py::arg("num_threads") = 1)
       .def("merge", merge, py::arg("other"))
       .def("codewords", codewords, py::arg("begin"), py::arg("end"))
       .def("copy_frequency", copy_frequency, py::arg("out"))

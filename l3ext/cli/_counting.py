@@ -29,11 +29,12 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How a corpus is counted: exactly, unless in shards or with a bound."""
+    """How a corpus is counted: exactly, unless in shards or with a bound; threads change nothing."""
 
     parse: str
     shards: int | None
     max_codewords: int | None
+    threads: int | None = None
 
     @property
     def exact(self) -> bool:
@@ -145,7 +146,7 @@ def count_corpus(
         counter, resumed = _count_in_shards(chunks, corpus.vocab_size, mode), 0
     else:
         counter, resumed = _open_counter(checkpoint, corpus.vocab_size, mode)
-        _count(counter, chunks, resumed, checkpoint)
+        _count(counter, chunks, resumed, checkpoint, mode.threads)
     return Counted(counter, counter.num_tokens - resumed, time.perf_counter() - started)
 
 
@@ -166,7 +167,11 @@ def _open_counter(checkpoint: Path | None, vocab_size: int, mode: Mode) -> tuple
 
 
 def _count(
-    counter: LZWCounter, chunks: Iterator[TokenChunk], resumed: int, checkpoint: Path | None
+    counter: LZWCounter,
+    chunks: Iterator[TokenChunk],
+    resumed: int,
+    checkpoint: Path | None,
+    threads: int | None,
 ) -> None:
     def size() -> str:
         return f", {counter.num_codewords:,} codewords, {counter.nbytes / 1e6:,.0f} MB"
@@ -174,7 +179,7 @@ def _count(
     try:
         with contextlib.closing(_shown(_after(chunks, resumed, counter), resumed, size)) as shown:
             for chunk in shown:
-                counter.update(chunk.tokens, chunk.offsets)
+                counter.update(chunk.tokens, chunk.offsets, threads=threads)
     except KeyboardInterrupt:
         kept = f"the counter is kept in {checkpoint}" if checkpoint else "nothing is kept"
         hint = "run the same command to go on" if checkpoint else "--checkpoint would keep it"

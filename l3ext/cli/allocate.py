@@ -91,6 +91,10 @@ def allocate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keeps the counter; goes on from it where it exists.")
     ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that count, exactly; as many as torch's by default."),
+    ] = None,
     shards: Annotated[
         int | None,
         typer.Option(help="Approximate: deal the documents to so many processes, then merge."),
@@ -139,7 +143,7 @@ def allocate(
     """Entry point of ``l3ext allocate``."""
     from l3ext.allocation import LZWCounter
 
-    mode = Mode(parse, shards, max_codewords)
+    mode = Mode(parse, shards, max_codewords, threads)
     options = PlanOptions(
         width or [], row_dtype or [], decode or [], prefill or [], steps, link, window, memory,
         picture,
@@ -150,7 +154,7 @@ def allocate(
         if path is not None:
             check_writable(option, path)
     if any(is_counter(path) for path in inputs):
-        if planning or checkpoint is not None or not mode.exact:
+        if planning or checkpoint is not None or threads is not None or not mode.exact:
             raise ValueError(
                 "inputs: counters have been counted: only --rows, --max-rows and --output "
                 "are for them"
@@ -198,6 +202,8 @@ def _check_combination(
             "--checkpoint: not of a run with --shards; count the parts of the corpus one by one, "
             "each with a --checkpoint, and merge them with l3ext merge"
         )
+    if mode.shards is not None and mode.threads is not None:
+        raise ValueError("--threads: not of a run with --shards, whose processes take one each")
     if planning:
         if output is not None:
             raise ValueError("--output: --plan writes no allocation; --picture and --json are its")

@@ -48,6 +48,14 @@ def test_allocates_like_the_library(tmp_path, bin_arguments):
     assert summary["tokens_per_second"] > 0
 
 
+def test_threads_change_nothing(tmp_path, bin_arguments):
+    for threads in (1, 3):
+        out = tmp_path / f"{threads}"
+        result = run(*bin_arguments, "--rows", "4x", "-o", out, "--threads", threads)
+        assert result.exit_code == 0, result.output
+    assert l3ext.Allocation.load(tmp_path / "1") == l3ext.Allocation.load(tmp_path / "3")
+
+
 def test_text_with_a_tokenizer(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

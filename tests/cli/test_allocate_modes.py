@@ -135,6 +135,8 @@ def test_a_bounded_checkpoint_goes_on(tmp_path, corpus):
         (["--shards", 0, "--rows", "4x", "-o", "out"], "shards: expected 1 to 1024, got 0"),
         (["--shards", -3, "--rows", "4x", "-o", "out"], "shards: expected 1 to 1024, got -3"),
         (["--shards", 2, "--checkpoint", "c"], "--checkpoint: not of a run with --shards"),
+        (["--shards", 2, "--threads", 2], "--threads: not of a run with --shards"),
+        (["--threads", 0, "--rows", "4x", "-o", "out"], "Invalid value for '--threads'"),
         (["--shards", 2], "--rows: expected it and --output, or --checkpoint"),
         (["--max-codewords", 49, "--checkpoint", "c"], "max_codewords: expected vocab_size = 50"),
         (
@@ -194,7 +196,7 @@ def test_counters_that_cannot_be_merged(tmp_path):
 def test_counters_have_been_counted(tmp_path):
     l3ext.LZWCounter(50).save(tmp_path / "a")
     out = ["--rows", "4x", "-o", tmp_path / "out"]
-    for options in (["--shards", 2, *out], ["--checkpoint", tmp_path / "c"],
+    for options in (["--shards", 2, *out], ["--threads", 2, *out], ["--checkpoint", tmp_path / "c"],
                     ["--max-codewords", 99, *out]):  # fmt: skip
         result = allocate(tmp_path / "a", *options)
         assert result.exit_code == 2
