@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
-from l3ext._operators import check_device, current_stream
+from l3ext._operators import current_stream
+from l3ext.graph_runtime import GraphRuntime, runtime_device
 from l3ext.ledger import Ledger
 from l3ext.near_data import ALWAYS, HostTable, NearDataCosts, NearPositions, measure_attention
 from l3ext.nn import L3Layer
@@ -296,7 +297,7 @@ class PrefetchRuntime:
             )
         if prefill_chunk < 0:
             raise ValueError(f"prefill_chunk: expected 0 or more, got {prefill_chunk}")
-        self._device = _device(device)
+        self._device = runtime_device(device)
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
         if mapped and path is None:
             raise ValueError("mapped: expected the path of a table file as tables, got tables")
@@ -440,8 +441,10 @@ def offload(
     path: str | os.PathLike[str] | None = None,
     cache_bytes: int = 0,
     device: torch.device | str | None = None,
+    *,
+    graphs: bool = False,
     **options: Any,
-) -> PrefetchRuntime:
+) -> PrefetchRuntime | GraphRuntime:
     """Move a model's lookup tables out of it; ``generate`` works as before, with the same bits.
 
     Args:
@@ -453,7 +456,10 @@ def offload(
             used.
         cache_bytes: bytes of rows that stay at hand, see :class:`PrefetchRuntime`.
         device: that will compute: None or "cpu", or a CUDA device.
-        options: further options of :class:`PrefetchRuntime`.
+        graphs: steps can be captured in CUDA graphs, by ``torch.cuda.graph`` or
+            ``torch.compile(mode="reduce-overhead")``: the tables, in RAM, are served by a
+            :class:`l3ext.GraphRuntime`, for inference.
+        options: further options of :class:`PrefetchRuntime`, or of :class:`l3ext.GraphRuntime`.
 
     Returns:
         The runtime; also set as ``l3_runtime`` of the module that runs the steps.
@@ -467,7 +473,12 @@ def offload(
         raise ValueError(f'tier: expected "ram" or "disk", got {tier!r}')
     if tier == "disk" and path is None:
         raise ValueError("path: expected the path of the table file, got None")
-    place = _device(device)
+    if graphs and tier != "ram":
+        raise ValueError(
+            'tier: expected "ram" with graphs, as no device reads a file by itself, got '
+            f"{tier!r}"
+        )
+    place = runtime_device(device)
     layers = [module for module in model.modules() if isinstance(module, L3Layer)]
     runners = [module for module in model.modules() if hasattr(module, "l3_runtime")]
     if not layers or len(runners) != 1:
@@ -482,27 +493,20 @@ def offload(
         if rows is None:
             raise RuntimeError("model: its tables have been offloaded already")
         tables.append(LookupTable(rows, layer.allocation, layer.d_model, layer.tied))
-    if path is None:
-        runtime = PrefetchRuntime(tables, device=place, cache_bytes=cache_bytes, **options)
-    else:
+    source: Any = tables if path is None else path
+    options.update(device=place, cache_bytes=cache_bytes)
+    if path is not None:
         if os.path.exists(path):
             check_same_tables(path, tables)
         else:
             save_tables(path, tables)
-        options["mapped"] = tier == "ram"
-        runtime = PrefetchRuntime(path, device=place, cache_bytes=cache_bytes, **options)
+        if not graphs:
+            options["mapped"] = tier == "ram"
+    runtime = GraphRuntime(source, **options) if graphs else PrefetchRuntime(source, **options)
     for layer in layers:
         layer.release_table()
     runner.l3_runtime = runtime
     return runtime
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    place = torch.device("cpu" if device is None else device)
-    check_device(place, "device")
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    return place
 
 
 def _size(count: int) -> str:
