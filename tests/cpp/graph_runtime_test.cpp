@@ -107,7 +107,8 @@ struct Fixture {
       const float* rows = table.rows.data() + table.owners->offsets[token] * table.width();
       const auto bytes = static_cast<size_t>(table.owners->rows(token) * table.shape.row_bytes());
       // NOLINTNEXTLINE(performance-no-int-to-ptr): an address
-      const bool same = std::memcmp(reinterpret_cast<void*>(directory[token]), rows, bytes) == 0;
+      const auto* there = reinterpret_cast<const void*>(directory[token]);
+      const bool same = there != nullptr && std::memcmp(there, rows, bytes) == 0;
       ++(same ? right : wrong);
     }
   }
