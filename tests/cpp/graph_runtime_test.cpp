@@ -196,6 +196,7 @@ void a_graph_of_a_step() {
     fixture.step(stream.stream);
     const auto graph = fake_cudart::end_capture(stream.stream);
     EXPECT(graph != nullptr);
+    if (graph == nullptr) return;
     for (unsigned i = 0; i < 4; ++i) {
       fake_cudart::run(stream.stream, [&, i] { fixture.tokens.draw(i, 40); });
       fake_cudart::replay(graph, stream.stream);
