@@ -24,7 +24,7 @@ from torch.utils.dlpack import from_dlpack
 from l3ext import _C
 from l3ext._operators import call, check_device, current_stream, kernel, library
 from l3ext.ops import _PLAN, _PLAN_LENGTH, _check_matrix, _check_plan, _directory_forward
-from l3ext.plans import Plan, as_ids, as_offsets, make_plan
+from l3ext.plans import as_ids, as_offsets, make_plan
 from l3ext.quantization import QUANTIZED_DTYPES
 from l3ext.tables import LookupTable
 
@@ -210,11 +210,11 @@ class GraphRuntime:
         fetch_blocks: int = 4,
     ) -> None:
         self._device = runtime_device(device)
-        if isinstance(tables, (str, os.PathLike)):
-            path: str | None = os.fspath(tables)
+        path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
+        if path is not None:
             natives = _C.MappedTables(path).tables()
         else:
-            path = None
+            assert not isinstance(tables, (str, os.PathLike))
             natives = [table._native() for table in tables]
         self._native: _C.GraphRuntime | None = _C.GraphRuntime(
             natives,

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -435,6 +435,32 @@ class PrefetchRuntime:
         )
 
 
+@overload
+def offload(
+    model: nn.Module,
+    tier: Literal["ram", "disk"],
+    path: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    graphs: Literal[False] = False,
+    **options: Any,
+) -> PrefetchRuntime: ...
+
+
+@overload
+def offload(
+    model: nn.Module,
+    tier: Literal["ram"],
+    path: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    graphs: Literal[True],
+    **options: Any,
+) -> GraphRuntime: ...
+
+
 def offload(
     model: nn.Module,
     tier: Literal["ram", "disk"],
@@ -475,8 +501,7 @@ def offload(
         raise ValueError("path: expected the path of the table file, got None")
     if graphs and tier != "ram":
         raise ValueError(
-            'tier: expected "ram" with graphs, as no device reads a file by itself, got '
-            f"{tier!r}"
+            f'tier: expected "ram" with graphs, as no device reads a file by itself, got {tier!r}'
         )
     place = runtime_device(device)
     layers = [module for module in model.modules() if isinstance(module, L3Layer)]

@@ -23,9 +23,9 @@ constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 
 void check_place(const TensorArg& array, const char* argument, const Device& device) {
   const Place& place = array->place;
-  const bool there = device.is_host() ? place.on_host()
-                                      : place.kind == Place::Kind::kCuda &&
-                                            place.index == device.index();
+  const bool there = device.is_host()
+                         ? place.on_host()
+                         : place.kind == Place::Kind::kCuda && place.index == device.index();
   if (!there) {
     throw Error(ErrorCode::kType, concat(argument, ": expected an array on ", device.name(),
                                          ", got one ", place_name(place)));
@@ -42,8 +42,8 @@ void begin(GraphRuntime& runtime, const TensorArg& tokens, const TensorArg& num_
   }
   check_shape(num_tokens.view(), "num_tokens", {1});
   py::gil_scoped_release release;
-  runtime.begin(tokens->as<int32_t>(), num_tokens->as<int32_t>(), tokens->shape[0],
-                stream_of(step), stream_of(stream));
+  runtime.begin(tokens->as<int32_t>(), num_tokens->as<int32_t>(), tokens->shape[0], stream_of(step),
+                stream_of(stream));
 }
 
 }  // namespace

@@ -182,7 +182,8 @@ void bind_tables(py::module_& module) {
       .def_property_readonly("d_in", [](const PyTable& t) { return t.table.shape.d_in; })
       .def_property_readonly("d_emb", [](const PyTable& t) { return t.table.shape.d_emb; })
       .def_property_readonly("tied", [](const PyTable& t) { return t.table.shape.tied; })
-      .def_property_readonly("row_bytes", [](const PyTable& t) { return t.table.shape.row_bytes(); })
+      .def_property_readonly("row_bytes",
+                             [](const PyTable& t) { return t.table.shape.row_bytes(); })
       .def_property_readonly("offsets",
                              [](const PyTable& t) { return numpy_array(t.table.owners->offsets); })
       .def("checksums",

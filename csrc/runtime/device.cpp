@@ -9,8 +9,8 @@
 namespace l3ext {
 
 std::unique_ptr<Branch> Device::make_branch(int64_t) {
-  throw Error(ErrorCode::kRuntime, concat("device: expected one whose kernels read host memory, got ",
-                                          name()));
+  throw Error(ErrorCode::kRuntime,
+              concat("device: expected one whose kernels read host memory, got ", name()));
 }
 
 std::shared_ptr<Device> make_device(const std::string& name) {

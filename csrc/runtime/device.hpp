@@ -58,7 +58,7 @@ class Branch {
   virtual ~Branch() = default;
   // The branch's stream; what is put into it from now on starts after all that `stream` holds.
   virtual void* fork(void* stream) = 0;
-  virtual void mark(int64_t point) = 0;  // after what the branch holds so far
+  virtual void mark(int64_t point) = 0;                // after what the branch holds so far
   virtual void join(void* stream, int64_t point) = 0;  // `stream` goes on after the mark
 };
 

@@ -68,8 +68,9 @@ GraphRuntime::Layer GraphRuntime::make_layer(const Table& table, int64_t index, 
   Layer layer;
   layer.source = table.source;
   if (!device_->is_host()) {
-    L3EXT_CHECK(!is_quantized(table.shape.dtype), name, ": expected float32, bfloat16 or float16 on ",
-                device_->name(), ", got ", dtype_name(table.shape.dtype));
+    L3EXT_CHECK(!is_quantized(table.shape.dtype), name,
+                ": expected float32, bfloat16 or float16 on ", device_->name(), ", got ",
+                dtype_name(table.shape.dtype));
     L3EXT_CHECK(address_of(memory) % kAlignment == 0 && row_bytes % kAlignment == 0, name,
                 ": expected rows aligned to ", kAlignment, " bytes for ", device_->name(),
                 ", got rows of ", row_bytes, " bytes from the address ",
@@ -78,7 +79,7 @@ GraphRuntime::Layer GraphRuntime::make_layer(const Table& table, int64_t index, 
   }
 
   std::vector<int64_t> resident(static_cast<size_t>(vocab_size_)), sources = resident,
-                                                                    source_bytes = resident;
+                                                                   source_bytes = resident;
   std::vector<int64_t> hot_rows(static_cast<size_t>(vocab_size_), -1);
   if (!place.in_place) {
     HotSet hot = choose_hot_set(owners, row_bytes, options_.cache_bytes / layers);

@@ -92,8 +92,7 @@ struct Fixture {
     runtime = std::make_unique<GraphRuntime>(
         std::vector<Table>{ram_table(tables[0]), ram_table(tables[1])}, std::move(device), options);
     for (int layer = 0; layer < 2; ++layer) {
-      directories[layer] =
-          reinterpret_cast<const int64_t*>(runtime->directory(layer)->data());
+      directories[layer] = reinterpret_cast<const int64_t*>(runtime->directory(layer)->data());
     }
   }
 
@@ -153,7 +152,10 @@ void checked() {
 }
 
 // Rings for all, for some and for none of a step's rows, with and without a hot set.
-const GraphOptions kOptions[] = {{}, {.cache_bytes = 4000}, {.ring_bytes = 3000}, {.ring_bytes = 0},
+const GraphOptions kOptions[] = {{},
+                                 {.cache_bytes = 4000},
+                                 {.ring_bytes = 3000},
+                                 {.ring_bytes = 0},
                                  {.cache_bytes = 2000, .ring_bytes = 2000}};
 
 void check_counters(const Fixture& fixture, const GraphOptions& options) {
@@ -318,13 +320,16 @@ void tables_that_no_kernel_can_read() {
   Example example = make_example(kVocab, 5, 8, 8, 1);
   struct File final : BlockingTable {
     const std::byte* read(int64_t, int64_t, std::byte*) override { return nullptr; }
-    Error corrupt(int64_t, const std::string& what) const override { return Error::io("", 0, what); }
+    Error corrupt(int64_t, const std::string& what) const override {
+      return Error::io("", 0, what);
+    }
   };
-  EXPECT(contains(refused(table_over(example, std::make_shared<File>())), "tables[0]: expected a "
-                                                                          "table in host memory"));
-  EXPECT(contains(refused(table_over(
-                      example, std::make_shared<RamTable>(example.rows.data() + 1, nullptr))),
-                  "tables[0]: expected rows aligned to 16 bytes for cuda:0"));
+  EXPECT(contains(refused(table_over(example, std::make_shared<File>())),
+                  "tables[0]: expected a "
+                  "table in host memory"));
+  EXPECT(contains(
+      refused(table_over(example, std::make_shared<RamTable>(example.rows.data() + 1, nullptr))),
+      "tables[0]: expected rows aligned to 16 bytes for cuda:0"));
   Table odd = ram_table(make_example(kVocab, 5, 8, 7, 1));
   EXPECT(contains(refused(odd), "got rows of 60 bytes"));
   Table quantized = ram_table(example);
@@ -350,8 +355,8 @@ void devices_that_cannot_read_the_host() {
 void memory_that_cannot_be_pinned() {
   const Example example = make_example(kVocab, 5, 8, 8, 1);
   const auto device = make_cuda_device(0, CopyChoice{});
-  EXPECT(contains(EXPECT_THROWS(Error, GraphRuntime({ram_table(example)}, device, {})),
-                  "cannot pin"));
+  EXPECT(
+      contains(EXPECT_THROWS(Error, GraphRuntime({ram_table(example)}, device, {})), "cannot pin"));
 }
 
 // Tokens without rows have an address all the same: 0 would say that rows are missing.

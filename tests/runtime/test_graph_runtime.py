@@ -1,4 +1,4 @@
-"""Steps that a graph may hold, on the host's twin: the same bits, and what is counted or refused."""
+"""Steps that a graph may hold, on the host's twin: bits, what is counted, what is refused."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def test_what_is_counted(options):
         assert (counts.fetched > 0) == bool(options and options.get("ring_bytes", 1) > 0)
         assert (counts.left > 0) == ("ring_bytes" in options)
         if options == {"in_place": False}:
-            assert counts.fetched_bytes == 148 * (sum(table.allocation.rows) + table.allocation.rows[3])
+            assert counts.fetched_bytes == 148 * (
+                sum(table.allocation.rows) + table.allocation.rows[3]
+            )
         place = runtime.placement
         assert place.in_place == (not options)
         assert place.table_bytes == table.data.nbytes
@@ -110,7 +112,9 @@ def test_a_model_has_the_bits_of_its_tables(tied, from_file, options, tmp_path):
 def test_compiled_code_holds_a_step(options):
     """In one graph of torch's, which serves other ids; hot set and ring change nothing."""
     model = make_model()
-    ids = [torch.randint(0, VOCAB, (2, 3), generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    ids = [
+        torch.randint(0, VOCAB, (2, 3), generator=torch.Generator().manual_seed(i)) for i in (1, 2)
+    ]
     with torch.no_grad():
         expected = [torch.compile(model, fullgraph=True)(i).logits for i in ids]
         torch._dynamo.reset()
@@ -154,7 +158,7 @@ def test_a_closed_runtime():
 def test_tables_live_as_long_as_the_runtime():
     """Nobody else needs to hold them; and nothing holds them, or the runtime, when it is gone."""
     table = make_table(50)
-    expected, ids, x = None, torch.arange(50), torch.randn(50, 24)
+    ids, x = torch.arange(50), torch.randn(50, 24)
     expected = attend(table, ids, x)
     runtime = GraphRuntime([table])
     del table
@@ -232,9 +236,9 @@ def test_a_mapped_file_is_served(tmp_path):
     save_tables(tmp_path / "tables", [table])
     ids, x = torch.arange(50), torch.randn(50, 24)
     for in_place in (True, False):
-        with GraphRuntime(tmp_path / "tables", in_place=in_place) as runtime:
-            with runtime.begin(ids) as step:
-                assert torch.equal(step.wait(0).attend(x), attend(table, ids, x))
+        runtime = GraphRuntime(tmp_path / "tables", in_place=in_place)
+        with runtime, runtime.begin(ids) as step:
+            assert torch.equal(step.wait(0).attend(x), attend(table, ids, x))
 
 
 def test_tokens_without_rows_get_zeros():

@@ -20,9 +20,9 @@ constexpr int kDevices = 2;
 struct EventState {
   int device = 0;
   bool timed = false;
-  int64_t recorded = 0;       // how often
-  std::set<int64_t> pending;  // which of these are still to be done
-  int64_t time = 0;           // ticks, of the last one done
+  int64_t recorded = 0;          // how often
+  std::set<int64_t> pending;     // which of these are still to be done
+  int64_t time = 0;              // ticks, of the last one done
   std::shared_ptr<Graph> graph;  // that captured the last record
   std::set<size_t> nodes;        // of the graph: what it is a point after
 

@@ -54,7 +54,7 @@ void begin_capture(cudaStream_t stream);
 std::shared_ptr<Graph> end_capture(cudaStream_t stream);
 // Puts the graph's work into the stream; all that it does not order itself goes in random order.
 void replay(const std::shared_ptr<Graph>& graph, cudaStream_t stream);
-void lose_devices();                      // from now on all fails, as after an illegal address
+void lose_devices();  // from now on all fails, as after an illegal address
 unsigned last_register_flags();
 
 }  // namespace fake_cudart
