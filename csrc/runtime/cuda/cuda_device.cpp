@@ -43,11 +43,17 @@ class CudaQueue final : public CopyQueue {
   CudaQueue(std::shared_ptr<EventPool> pool, const CopyChoice& choice)
       : pool_(std::move(pool)), choice_(choice) {
     const Scope scope(pool_->device());
+    forked_ = std::make_unique<PooledEvent>(pool_, EventPool::kFence);
+    copied_ = std::make_unique<PooledEvent>(pool_, EventPool::kFence);
     stream_ = make_stream();
+    beside_ = make_stream();
     small_.reserve(kBatch);
     large_.reserve(kBatch);
   }
-  ~CudaQueue() override { cudaStreamDestroy(stream_); }  // what is in it is still done
+  ~CudaQueue() override {  // what is in them is still done
+    cudaStreamDestroy(stream_);
+    cudaStreamDestroy(beside_);
+  }
 
   size_t batch() const override { return kBatch; }
   void wait(const FencePtr& fence) override {
@@ -56,31 +62,52 @@ class CudaQueue final : public CopyQueue {
   }
   void copy(std::span<const Copy> copies) override {
     const Scope scope(pool_->device());
+    join();  // calls keep their order, copies of a call have none
     small_.clear();
     large_.clear();
     for (const Copy& copy : copies) {
       (copy.bytes < choice_.kernel_below ? small_ : large_).push_back(copy);
+    }
+    if (large_.empty() || small_.empty()) {
+      fetch_blocks(small_, choice_.kernel_blocks, stream_);
+    } else {
+      // The kernel need not wait for the engines, which have a stream to themselves meanwhile.
+      L3EXT_CUDA_CHECK(cudaEventRecord(forked_->get(), stream_));
+      L3EXT_CUDA_CHECK(cudaStreamWaitEvent(beside_, forked_->get(), 0));
+      fetch_blocks(small_, choice_.kernel_blocks, beside_);
+      L3EXT_CUDA_CHECK(cudaEventRecord(copied_->get(), beside_));
+      open_ = true;
     }
     if (choice_.batched) {
       engines_.copy_batch(large_, stream_);
     } else {
       CopyEngines::copy_loop(large_, stream_);
     }
-    fetch_blocks(small_, choice_.kernel_blocks, stream_);
   }
   void fill(void* target, unsigned char value, size_t bytes) override {
     const Scope scope(pool_->device());
+    join();
     L3EXT_CUDA_CHECK(cudaMemsetAsync(target, value, bytes, stream_));
   }
   FencePtr record() override {
     const Scope scope(pool_->device());
+    join();
     return record_fence(pool_, stream_);
   }
 
  private:
+  // What comes now comes after the kernel too.
+  void join() {
+    if (!open_) return;
+    L3EXT_CUDA_CHECK(cudaStreamWaitEvent(stream_, copied_->get(), 0));
+    open_ = false;
+  }
+
   const std::shared_ptr<EventPool> pool_;
   const CopyChoice choice_;
-  cudaStream_t stream_ = nullptr;
+  std::unique_ptr<PooledEvent> forked_, copied_;
+  cudaStream_t stream_ = nullptr, beside_ = nullptr;
+  bool open_ = false;  // `beside_` holds copies that nothing waits for yet
   CopyEngines engines_;
   std::vector<Copy> small_, large_;
 };
