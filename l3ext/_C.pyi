@@ -57,6 +57,7 @@ def directory_attention(
     queue: tuple[int, Callable[[int], Any]],
     row_dtype: str | None = ...,
     scale_offset: int = ...,
+    spare_multiprocessors: int = ...,
 ) -> None: ...
 def segmented_attention_backward(
     dy: Any,

@@ -210,6 +210,7 @@ class GraphRuntime:
         fetch_blocks: int = 4,
     ) -> None:
         self._device = runtime_device(device)
+        self._fetch_blocks = fetch_blocks
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
         if path is not None:
             natives = _C.MappedTables(path).tables()
@@ -284,6 +285,11 @@ class GraphRuntime:
         self._native = None
         self._directories = []
         self._counters = torch.empty(0)
+
+    def _spare(self, layer: int) -> int:
+        """Multiprocessors that attention leaves alone: those of a fetch that may run beside it."""
+        last = len(self._layouts) - 1
+        return self._fetch_blocks if layer < last else 0
 
     def _open(self) -> GraphRuntime:
         if self._native is None:
@@ -365,7 +371,7 @@ def _fetched_attention(x: Tensor, ticket: Tensor, *rest: Any) -> Tensor:
     native.wait(layer, ticket.data_ptr(), current_stream(x.device))
     layout = runtime._layouts[layer]
     where = (d_emb, layout.row_stride, layout.value_offset, scale)
-    how = (layout.row_dtype, layout.scale_offset)
+    how = (layout.row_dtype, layout.scale_offset, runtime._spare(layer))
     return _directory_forward(x, runtime._directories[layer], *rest[:_PLAN_LENGTH], *where, *how)
 
 
