@@ -20,8 +20,6 @@ from torch import Tensor
 
 from l3ext.ops import segmented_attention
 from l3ext.plans import Plan, as_offsets, make_plan
-from l3ext.quantization import QuantizedTable
-from l3ext.tables import LookupTable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,20 +40,18 @@ ALWAYS = NearDataCosts(math.inf, 0.0, 0.0)
 
 
 class HostTable:
-    """A table in host memory as attention reads it, where it lies."""
+    """A table in host memory as attention reads it, where it lies.
 
-    def __init__(self, table: LookupTable) -> None:
-        self.key_scales: Tensor | None = None
-        self.value_scales: Tensor | None = None
-        if isinstance(table.data, QuantizedTable):
-            self.keys, self.values = table.data.keys, table.data.values
-            self.key_scales, self.value_scales = table.data.key_scales, table.data.value_scales
-        else:
-            data = table.data.detach()
-            self.keys = data if table.tied else data[:, : table.d_in]
-            self.values = data if table.tied else data[:, table.d_in :]
-        self.plan_offsets = as_offsets(np.ascontiguousarray(table.allocation.offsets))
-        self._max_rows = int(np.diff(table.allocation.offsets).max(initial=0))
+    Args:
+        rows: keys and values; of quantised rows their scales too.
+        offsets: int64 [V+1], which rows each token owns.
+    """
+
+    def __init__(self, rows: tuple[Tensor, ...], offsets: np.ndarray) -> None:
+        self.keys, self.values, *scales = rows
+        self.key_scales, self.value_scales = scales or (None, None)
+        self.plan_offsets = as_offsets(offsets)
+        self._max_rows = int(np.diff(offsets).max(initial=0))
 
     def plan(self, token_ids: Tensor) -> Plan:
         """The plan of these token ids, on the host, over this table."""

@@ -232,8 +232,9 @@ class PrefetchRuntime:
             the rows. On the CPU the same bits; on a GPU other kernels sum, in another order.
             "auto": where it costs less than to fetch the rows, by what either takes here, measured
             now in less than 50 ms; a fetch is taken to be waited for, none of it hidden behind
-            earlier layers. Tables that are read in place are near anyway, and from a
-            file, mapped or not, they cannot be: True is an error there, "auto" leaves it off.
+            earlier layers. Tables that are read in place are near anyway, and from a file that is
+            not mapped they cannot be: True is an error there, "auto" leaves it off. What is
+            attended to in a mapped file is not checked against its checksum.
         num_workers: threads that start reads, check and copy.
         queue_depth: reads of one worker on their way at once, where the system can do that.
         mapped: map the table file instead of reading it: its rows are in RAM like any table's, in
@@ -290,10 +291,12 @@ class PrefetchRuntime:
             )
         if near_data not in (True, False, "auto"):
             raise ValueError(f'near_data: expected True, False or "auto", got {near_data!r}')
-        if near_data and near_data != "auto" and isinstance(tables, (str, os.PathLike)):
+        in_file = isinstance(tables, (str, os.PathLike)) and not mapped
+        if near_data and near_data != "auto" and in_file:
+            assert isinstance(tables, (str, os.PathLike))
             raise ValueError(
                 "near_data: expected tables in host memory, where attention can read them, got "
-                f"the file {os.fspath(tables)!r}"
+                f"the file {os.fspath(tables)!r}, which is not mapped"
             )
         if prefill_chunk < 0:
             raise ValueError(f"prefill_chunk: expected 0 or more, got {prefill_chunk}")
@@ -347,7 +350,7 @@ class PrefetchRuntime:
             io_engine=None if file is None else file.io_engine,
             verify=verify and path is not None,
             in_place=not far,
-            near_data=bool(near_data) and far and path is None,
+            near_data=bool(near_data) and far and not in_file,
             near_costs=None,
             device=str(self._device),
             num_layers=len(layers),
@@ -360,8 +363,10 @@ class PrefetchRuntime:
         )
         self.prefill_chunk = 0 if self.placement.in_place else prefill_chunk
         if self.placement.near_data:
-            assert not isinstance(tables, (str, os.PathLike))
-            host_tables = [HostTable(table) for table in tables]
+            host_tables = [
+                HostTable(_LayerViews(table, table.rows()).arena, table.offsets)
+                for table in natives
+            ]
             if near_data == "auto":
                 costs = self._measure_near_data(host_tables[0])
                 self.placement = dataclasses.replace(self.placement, near_costs=costs)

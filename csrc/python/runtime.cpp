@@ -13,6 +13,7 @@
 #include "python/bindings.hpp"
 #include "python/runtime_objects.hpp"
 #include "python/tensor_arg.hpp"
+#include "runtime/host_device.hpp"
 #include "runtime/prefetcher.hpp"
 #include "runtime/table_file.hpp"
 
@@ -186,6 +187,17 @@ void bind_tables(py::module_& module) {
                              [](const PyTable& t) { return t.table.shape.row_bytes(); })
       .def_property_readonly("offsets",
                              [](const PyTable& t) { return numpy_array(t.table.owners->offsets); })
+      .def("rows",
+           [](const PyTable& t) {
+             const Table& table = t.table;
+             const std::byte* memory = table.source->memory();
+             const int64_t rows = table.owners->total_rows();
+             L3EXT_CHECK(memory != nullptr || rows == 0,
+                         "tables: expected tables in host memory, got one in a file");
+             const auto bytes = static_cast<size_t>(rows * table.shape.row_bytes());
+             return rows_capsule(std::make_shared<DeviceBuffer>(memory, bytes, table.source),
+                                 HostDevice(), table.shape, rows);
+           })
       .def("checksums",
            [](const PyTable& t) {
              if (t.data == nullptr) return numpy_array(t.table.checksums);

@@ -5,7 +5,9 @@ Here a table that is not read in place stands for one that the device cannot rea
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 import threading
 
 import numpy as np
@@ -245,12 +247,36 @@ def test_it_is_off_unless_asked_for():
         assert runtime.ledger.totals.bytes > 0
 
 
+@pytest.mark.parametrize("mode", [True, "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_mapped_file_is_host_memory(mode, dtype, tmp_path):
+    path, table = tmp_path / "tables", make_table(VOCAB)
+    if dtype == torch.int8:
+        rows = l3ext.quantize_rows(table.data, table.d_in, dtype)
+        table = dataclasses.replace(table, data=rows)
+    save_tables(path, [table])
+    with PrefetchRuntime(path, mapped=True, **FAR | {"near_data": mode}) as runtime:
+        assert runtime.placement.near_data
+        assert (runtime.placement.near_costs is not None) == (mode == "auto")
+        os.remove(path)  # the mapping stays
+        check_step(runtime, [table], torch.arange(9))
+        assert (runtime.ledger.totals.near > 0) or mode == "auto"
+
+
+def test_a_model_attends_in_a_mapped_file(tmp_path):
+    model = make_model()
+    text = generate(model)
+    with l3ext.offload(model, "ram", tmp_path / "tables", **FAR) as runtime:
+        assert torch.equal(generate(model), text)
+        assert runtime.placement.mapped
+        assert runtime.ledger.totals.near > 0
+
+
 def test_a_table_in_a_file_is_an_error(tmp_path):
     path = tmp_path / "tables"
     save_tables(path, [make_table(VOCAB)])
-    for mapped in (False, True):
-        with pytest.raises(ValueError, match=r"near_data: expected tables.*the file"):
-            PrefetchRuntime(path, near_data=True, in_place=False, mapped=mapped)
+    with pytest.raises(ValueError, match=r"near_data: expected tables.*the file.*not mapped"):
+        PrefetchRuntime(path, near_data=True, in_place=False)
     model = make_model()
     with pytest.raises(ValueError, match="near_data: expected tables in host memory"):
         l3ext.offload(model, "disk", tmp_path / "other", near_data=True)
