@@ -24,7 +24,7 @@ from l3ext import _C
 from l3ext._operators import current_stream
 from l3ext.graph_runtime import GraphRuntime, runtime_device
 from l3ext.ledger import Ledger
-from l3ext.near_data import ALWAYS, HostTable, NearDataCosts, NearPositions, measure_attention
+from l3ext.near_data import ALWAYS, NEVER, HostTable, NearDataCosts, NearPositions, costs_of
 from l3ext.nn import L3Layer
 from l3ext.ops import segmented_attention
 from l3ext.plans import Plan, as_ids, as_offsets, make_plan
@@ -123,8 +123,8 @@ class Step:
         self._num_segments = int(plan.num_segments)
         tokens = plan.segment_tokens[: self._num_segments]
         if runtime._host_tables:  # near data weighs how often each comes
-            counts = torch.diff(plan.segment_queries[: self._num_segments + 1])
-            tokens = torch.repeat_interleave(tokens, counts)
+            counts = np.diff(plan.segment_queries.numpy()[: self._num_segments + 1])
+            tokens = torch.from_numpy(np.repeat(tokens.numpy(), counts))
         self._native = runtime._native.begin(tokens)
         self._near = [
             self._near_positions(layer, table, plan)
@@ -230,8 +230,8 @@ class PrefetchRuntime:
         near_data: positions whose rows are neither in the hot set nor in the ring attend on the
             host, over the table in RAM where it lies; their queries and results travel instead of
             the rows. On the CPU the same bits; on a GPU other kernels sum, in another order.
-            "auto": where it costs less than to fetch the rows, by what either takes here, measured
-            now in less than 50 ms; a fetch is taken to be waited for, none of it hidden behind
+            "auto": where it costs less than to fetch the rows, by what whole steps take either way,
+            measured now in some 50 ms; a fetch is taken to be waited for, none of it hidden behind
             earlier layers. Tables that are read in place are near anyway, and from a file that is
             not mapped they cannot be: True is an error there, "auto" leaves it off. What is
             attended to in a mapped file is not checked against its checksum.
@@ -363,32 +363,45 @@ class PrefetchRuntime:
         )
         self.prefill_chunk = 0 if self.placement.in_place else prefill_chunk
         if self.placement.near_data:
-            host_tables = [
+            self._host_tables = [
                 HostTable(_LayerViews(table, table.rows()).arena, table.offsets)
                 for table in natives
             ]
             if near_data == "auto":
-                costs = self._measure_near_data(host_tables[0])
+                costs = self._measure_near_data()
                 self.placement = dataclasses.replace(self.placement, near_costs=costs)
                 self._native.use_near_data(*dataclasses.astuple(costs))
-            self._host_tables = host_tables
 
-    def _measure_near_data(self, table: HostTable) -> NearDataCosts:
-        # Steps of eight tokens, each of which comes once: later it would be found in the ring.
-        tokens = np.random.default_rng(0).permutation(len(table.plan_offsets) - 1)
-        end = time.perf_counter() + 0.015
-        for first in range(0, len(tokens), 8):
-            with self.begin(tokens[first : first + 8]) as step:
-                for layer in range(self.placement.num_layers):
-                    step.wait(layer)
-            if time.perf_counter() > end:
-                break
+    def _measure_near_data(self) -> NearDataCosts:
+        # Whole steps of few and of many bytes, either way in turn, of tokens that come once: later
+        # they would be found in the ring.
+        tokens = np.random.default_rng(0).permutation(len(self._offsets) - 1)
+        samples: dict[NearDataCosts, list[tuple[int, float]]] = {NEVER: [], ALWAYS: []}
+        end = time.perf_counter() + 0.04
+        first, run = 0, 0
+        while first < len(tokens) and time.perf_counter() < end:
+            ids = torch.from_numpy(tokens[first : first + (1, 8)[run // 2 % 2]])
+            first, way = first + len(ids), (NEVER, ALWAYS)[run % 2]
+            self._native.use_near_data(*dataclasses.astuple(way))
+            us = self._step_us(ids)
+            totals = self.ledger.totals
+            self.ledger.clear()
+            nbytes = totals.bytes if way is NEVER else totals.near_bytes
+            if run >= 4 and nbytes:  # the first ones warm up
+                samples[way].append((nbytes, us))
+            run += 1
+        return costs_of(samples[NEVER], samples[ALWAYS], self.placement.num_layers)
+
+    def _step_us(self, ids: Tensor) -> float:
+        begin = time.perf_counter()
+        with self.begin(ids) as step:
+            for layer, table in enumerate(self._host_tables):
+                dtype = table.keys.dtype if table.key_scales is None else torch.float32
+                x = torch.zeros(len(ids), table.keys.shape[1], dtype=dtype, device=self._device)
+                step.wait(layer).attend(x)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        totals = self.ledger.totals
-        self.ledger.clear()
-        fetch = totals.exposed_us / totals.bytes if totals.bytes else 0.0
-        return NearDataCosts(fetch, *measure_attention(table, self._device))
+        return (time.perf_counter() - begin) * 1e6
 
     def begin(self, token_ids: Tensor | Any) -> Step:
         """Start to fetch the rows of these tokens for every layer, and return at once.

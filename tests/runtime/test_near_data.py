@@ -180,7 +180,7 @@ def test_auto_measures_and_gives_the_same_bits(cache_bytes):
     with PrefetchRuntime(tables, **options) as runtime:
         costs = runtime.placement.near_costs
         assert runtime.placement.near_data
-        assert costs.attend_us > 0
+        assert costs.attend_us >= 0
         assert costs.attend_us_per_byte >= 0
         if cache_bytes == 1 << 20:  # nothing is ever fetched
             assert costs.fetch_us_per_byte == 0
@@ -344,3 +344,18 @@ def test_several_threads():
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_costs_are_lines_through_whole_steps():
+    """An outlier changes nothing; what both ways take without any bytes is nobody's price."""
+    fetched = [(n, 100 + 0.5 * n) for n in (100, 200, 400, 800, 1000)] + [(300, 1e6)]
+    near = [(n, 170 + 0.1 * n) for n in (100, 250, 500, 900, 1000)]
+    costs = near_data.costs_of(fetched, near, 2)
+    assert costs.fetch_us_per_byte == pytest.approx(0.5)
+    assert costs.attend_us == pytest.approx(35)
+    assert costs.attend_us_per_byte == pytest.approx(0.1)
+    assert near_data.costs_of(near, fetched, 1).attend_us == 0
+    same = near_data.costs_of([(10, 5.0), (10, 7.0)], [], 1)
+    assert same == near_data.NearDataCosts(0.6, 0.0, 0.0)
+    falling = near_data.costs_of([(10, 5.0), (20, 3.0)], [], 1)
+    assert falling.fetch_us_per_byte == 0
