@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from l3ext.allocation import Allocation, LZWCounter, allocate
+    from l3ext.graph_runtime import GraphRuntime
     from l3ext.nn import L3Layer
     from l3ext.ops import segmented_attention
     from l3ext.plans import Plan, plan
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allocation",
+    "GraphRuntime",
     "L3Layer",
     "LZWCounter",
     "LookupTable",
@@ -39,6 +41,7 @@ _HOMES = {
     "Allocation": "l3ext.allocation",
     "LZWCounter": "l3ext.allocation",
     "allocate": "l3ext.allocation",
+    "GraphRuntime": "l3ext.graph_runtime",
     "L3Layer": "l3ext.nn",
     "Plan": "l3ext.plans",
     "plan": "l3ext.plans",

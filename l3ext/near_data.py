@@ -8,11 +8,8 @@ attends over the table where it lies, and the results come back.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,8 +17,6 @@ from torch import Tensor
 
 from l3ext.ops import segmented_attention
 from l3ext.plans import Plan, as_offsets, make_plan
-from l3ext.quantization import QuantizedTable
-from l3ext.tables import LookupTable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,25 +32,25 @@ class NearDataCosts:
     attend_us_per_byte: float  #: of the rows that one query attends to there
 
 
-#: Near data always: a fetch costs more than anything.
+#: Near data always: a fetch costs more than anything. And never: it costs nothing.
 ALWAYS = NearDataCosts(math.inf, 0.0, 0.0)
+NEVER = NearDataCosts(0.0, 0.0, 0.0)
 
 
 class HostTable:
-    """A table in host memory as attention reads it, where it lies."""
+    """A table in host memory as attention reads it, where it lies.
 
-    def __init__(self, table: LookupTable) -> None:
-        self.key_scales: Tensor | None = None
-        self.value_scales: Tensor | None = None
-        if isinstance(table.data, QuantizedTable):
-            self.keys, self.values = table.data.keys, table.data.values
-            self.key_scales, self.value_scales = table.data.key_scales, table.data.value_scales
-        else:
-            data = table.data.detach()
-            self.keys = data if table.tied else data[:, : table.d_in]
-            self.values = data if table.tied else data[:, table.d_in :]
-        self.plan_offsets = as_offsets(np.ascontiguousarray(table.allocation.offsets))
-        self._max_rows = int(np.diff(table.allocation.offsets).max(initial=0))
+    Args:
+        rows: keys and values; of quantised rows their scales too.
+        offsets: int64 [V+1], which rows each token owns.
+    """
+
+    def __init__(self, rows: tuple[Tensor, ...], offsets: np.ndarray) -> None:
+        self.keys, self.values, *scales = rows
+        self.key_scales: Tensor | None = scales[0] if scales else None
+        self.value_scales: Tensor | None = scales[1] if scales else None
+        self.plan_offsets = as_offsets(offsets)
+        self._max_rows = int(np.diff(offsets).max(initial=0))
 
     def plan(self, token_ids: Tensor) -> Plan:
         """The plan of these token ids, on the host, over this table."""
@@ -112,40 +107,32 @@ class NearPositions:
         return y.index_copy_(0, self.indices, near.to(y.device))
 
 
-def measure_attention(table: HostTable, device: torch.device) -> tuple[float, float]:
-    """``attend_us`` and ``attend_us_per_byte`` of :class:`NearDataCosts`, in some 15 ms."""
-    rows = np.diff(table.plan_offsets.numpy())
-    owners = np.argsort(rows, kind="stable")[np.searchsorted(np.sort(rows), 1) :]
-    if owners.size == 0:
+def costs_of(
+    fetched: Sequence[tuple[int, float]], near: Sequence[tuple[int, float]], layers: int
+) -> NearDataCosts:
+    """What whole steps took either way, as the break-even weighs it.
+
+    Args:
+        fetched: (bytes, µs) of steps that fetched so many.
+        near: the same of steps that left so many where they are, a query for each token.
+        layers: of a step.
+    """
+    fetch_us, fetch_us_per_byte = _line(fetched)
+    attend_us, attend_us_per_byte = _line(near)
+    more_us = max(0.0, attend_us - fetch_us) / layers
+    return NearDataCosts(fetch_us_per_byte, more_us, attend_us_per_byte)
+
+
+def _line(samples: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(µs at 0 bytes, µs a byte, not below 0), past outliers: the median of all slopes (Theil)."""
+    if not samples:
         return 0.0, 0.0
-    few, many = owners[:1], owners[-8:]
-    row_bytes = table.keys.stride(0) * table.keys.element_size()
-    least, most = (
-        _median_us(functools.partial(_attend_once, table, tokens, device), seconds=0.007)
-        for tokens in (few, many)
-    )
-    more_bytes = int(rows[many].sum() - rows[few].sum()) * row_bytes
-    return least, max(0.0, most - least) / more_bytes if more_bytes > 0 else 0.0
-
-
-def _attend_once(table: HostTable, tokens: np.ndarray, device: torch.device) -> None:
-    ids = torch.from_numpy(tokens)
-    plan = table.plan(ids)
-    positions = NearPositions(table, plan, np.arange(int(plan.num_segments)), device)
-    dtype = torch.float32 if table.key_scales is not None else table.keys.dtype
-    x = torch.zeros(len(tokens), table.keys.shape[1], dtype=dtype, device=device)
-    y = torch.empty(len(tokens), table.values.shape[1], dtype=dtype, device=device)
-    positions.attend(positions.queries(x), 1.0, y)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _median_us(run: Callable[[], None], *, seconds: float) -> float:
-    run()  # warms up
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        begin = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - begin) * 1e6)
-    return statistics.median(times)
+    nbytes, us = np.array(samples, dtype=np.float64).T
+    first, second = np.triu_indices(len(us), 1)
+    apart = nbytes[first] != nbytes[second]
+    first, second = first[apart], second[apart]
+    if first.size == 0:
+        return 0.0, float(np.median(us / nbytes))
+    slopes = (us[first] - us[second]) / (nbytes[first] - nbytes[second])
+    slope = max(0.0, float(np.median(slopes)))
+    return max(0.0, float(np.median(us - slope * nbytes))), slope

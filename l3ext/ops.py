@@ -392,11 +392,11 @@ def _directory_forward(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
     # torch drops what equals the default.
     d_emb, row_stride, value_offset, scale, *given = rest[_PLAN_LENGTH:]
     row_dtype = str(given[0]).removeprefix("torch.") if given and given[0] is not None else None
-    scale_offset = given[1] if len(given) > 1 else 0
+    scale_offset, spare = given[1] if len(given) > 1 else 0, given[2] if len(given) > 2 else 0
     y = x.new_empty(x.shape[0], d_emb)
     operands = (_queries(x), directory, *_native_plan(rest), row_stride, value_offset, scale)
     _C.directory_attention(
-        *operands, torch.get_num_threads(), y, queue(x.device), row_dtype, scale_offset
+        *operands, torch.get_num_threads(), y, queue(x.device), row_dtype, scale_offset, spare
     )
     return y
 

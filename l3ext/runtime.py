@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
-from l3ext._operators import check_device, current_stream
+from l3ext._operators import current_stream
+from l3ext.graph_runtime import GraphRuntime, runtime_device
 from l3ext.ledger import Ledger
-from l3ext.near_data import ALWAYS, HostTable, NearDataCosts, NearPositions, measure_attention
+from l3ext.near_data import ALWAYS, NEVER, HostTable, NearDataCosts, NearPositions, costs_of
 from l3ext.nn import L3Layer
 from l3ext.ops import segmented_attention
 from l3ext.plans import Plan, as_ids, as_offsets, make_plan
@@ -122,8 +123,8 @@ class Step:
         self._num_segments = int(plan.num_segments)
         tokens = plan.segment_tokens[: self._num_segments]
         if runtime._host_tables:  # near data weighs how often each comes
-            counts = torch.diff(plan.segment_queries[: self._num_segments + 1])
-            tokens = torch.repeat_interleave(tokens, counts)
+            counts = np.diff(plan.segment_queries.numpy()[: self._num_segments + 1])
+            tokens = torch.from_numpy(np.repeat(tokens.numpy(), counts))
         self._native = runtime._native.begin(tokens)
         self._near = [
             self._near_positions(layer, table, plan)
@@ -229,10 +230,11 @@ class PrefetchRuntime:
         near_data: positions whose rows are neither in the hot set nor in the ring attend on the
             host, over the table in RAM where it lies; their queries and results travel instead of
             the rows. On the CPU the same bits; on a GPU other kernels sum, in another order.
-            "auto": where it costs less than to fetch the rows, by what either takes here, measured
-            now in less than 50 ms; a fetch is taken to be waited for, none of it hidden behind
-            earlier layers. Tables that are read in place are near anyway, and from a
-            file, mapped or not, they cannot be: True is an error there, "auto" leaves it off.
+            "auto": where it costs less than to fetch the rows, by what whole steps take either way,
+            measured now in some 50 ms; a fetch is taken to be waited for, none of it hidden behind
+            earlier layers. Tables that are read in place are near anyway, and from a file that is
+            not mapped they cannot be: True is an error there, "auto" leaves it off. What is
+            attended to in a mapped file is not checked against its checksum.
         num_workers: threads that start reads, check and copy.
         queue_depth: reads of one worker on their way at once, where the system can do that.
         mapped: map the table file instead of reading it: its rows are in RAM like any table's, in
@@ -289,14 +291,16 @@ class PrefetchRuntime:
             )
         if near_data not in (True, False, "auto"):
             raise ValueError(f'near_data: expected True, False or "auto", got {near_data!r}')
-        if near_data and near_data != "auto" and isinstance(tables, (str, os.PathLike)):
+        in_file = isinstance(tables, (str, os.PathLike)) and not mapped
+        if near_data and near_data != "auto" and in_file:
+            assert isinstance(tables, (str, os.PathLike))
             raise ValueError(
                 "near_data: expected tables in host memory, where attention can read them, got "
-                f"the file {os.fspath(tables)!r}"
+                f"the file {os.fspath(tables)!r}, which is not mapped"
             )
         if prefill_chunk < 0:
             raise ValueError(f"prefill_chunk: expected 0 or more, got {prefill_chunk}")
-        self._device = _device(device)
+        self._device = runtime_device(device)
         path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
         if mapped and path is None:
             raise ValueError("mapped: expected the path of a table file as tables, got tables")
@@ -346,7 +350,7 @@ class PrefetchRuntime:
             io_engine=None if file is None else file.io_engine,
             verify=verify and path is not None,
             in_place=not far,
-            near_data=bool(near_data) and far and path is None,
+            near_data=bool(near_data) and far and not in_file,
             near_costs=None,
             device=str(self._device),
             num_layers=len(layers),
@@ -359,30 +363,45 @@ class PrefetchRuntime:
         )
         self.prefill_chunk = 0 if self.placement.in_place else prefill_chunk
         if self.placement.near_data:
-            assert not isinstance(tables, (str, os.PathLike))
-            host_tables = [HostTable(table) for table in tables]
+            self._host_tables = [
+                HostTable(_LayerViews(table, table.rows()).arena, table.offsets)
+                for table in natives
+            ]
             if near_data == "auto":
-                costs = self._measure_near_data(host_tables[0])
+                costs = self._measure_near_data()
                 self.placement = dataclasses.replace(self.placement, near_costs=costs)
                 self._native.use_near_data(*dataclasses.astuple(costs))
-            self._host_tables = host_tables
 
-    def _measure_near_data(self, table: HostTable) -> NearDataCosts:
-        # Steps of eight tokens, each of which comes once: later it would be found in the ring.
-        tokens = np.random.default_rng(0).permutation(len(table.plan_offsets) - 1)
-        end = time.perf_counter() + 0.015
-        for first in range(0, len(tokens), 8):
-            with self.begin(tokens[first : first + 8]) as step:
-                for layer in range(self.placement.num_layers):
-                    step.wait(layer)
-            if time.perf_counter() > end:
-                break
+    def _measure_near_data(self) -> NearDataCosts:
+        # Whole steps of few and of many bytes, either way in turn, of tokens that come once: later
+        # they would be found in the ring.
+        tokens = np.random.default_rng(0).permutation(len(self._offsets) - 1)
+        samples: dict[NearDataCosts, list[tuple[int, float]]] = {NEVER: [], ALWAYS: []}
+        end = time.perf_counter() + 0.04
+        first, run = 0, 0
+        while first < len(tokens) and time.perf_counter() < end:
+            ids = torch.from_numpy(tokens[first : first + (1, 8)[run // 2 % 2]])
+            first, way = first + len(ids), (NEVER, ALWAYS)[run % 2]
+            self._native.use_near_data(*dataclasses.astuple(way))
+            us = self._step_us(ids)
+            totals = self.ledger.totals
+            self.ledger.clear()
+            nbytes = totals.bytes if way is NEVER else totals.near_bytes
+            if run >= 4 and nbytes:  # the first ones warm up
+                samples[way].append((nbytes, us))
+            run += 1
+        return costs_of(samples[NEVER], samples[ALWAYS], self.placement.num_layers)
+
+    def _step_us(self, ids: Tensor) -> float:
+        begin = time.perf_counter()
+        with self.begin(ids) as step:
+            for layer, table in enumerate(self._host_tables):
+                dtype = table.keys.dtype if table.key_scales is None else torch.float32
+                x = torch.zeros(len(ids), table.keys.shape[1], dtype=dtype, device=self._device)
+                step.wait(layer).attend(x)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        totals = self.ledger.totals
-        self.ledger.clear()
-        fetch = totals.exposed_us / totals.bytes if totals.bytes else 0.0
-        return NearDataCosts(fetch, *measure_attention(table, self._device))
+        return (time.perf_counter() - begin) * 1e6
 
     def begin(self, token_ids: Tensor | Any) -> Step:
         """Start to fetch the rows of these tokens for every layer, and return at once.
@@ -434,14 +453,42 @@ class PrefetchRuntime:
         )
 
 
+@overload
 def offload(
     model: nn.Module,
     tier: Literal["ram", "disk"],
     path: str | os.PathLike[str] | None = None,
     cache_bytes: int = 0,
     device: torch.device | str | None = None,
+    *,
+    graphs: Literal[False] = False,
     **options: Any,
-) -> PrefetchRuntime:
+) -> PrefetchRuntime: ...
+
+
+@overload
+def offload(
+    model: nn.Module,
+    tier: Literal["ram"],
+    path: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    graphs: Literal[True],
+    **options: Any,
+) -> GraphRuntime: ...
+
+
+def offload(
+    model: nn.Module,
+    tier: Literal["ram", "disk"],
+    path: str | os.PathLike[str] | None = None,
+    cache_bytes: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    graphs: bool = False,
+    **options: Any,
+) -> PrefetchRuntime | GraphRuntime:
     """Move a model's lookup tables out of it; ``generate`` works as before, with the same bits.
 
     Args:
@@ -453,7 +500,10 @@ def offload(
             used.
         cache_bytes: bytes of rows that stay at hand, see :class:`PrefetchRuntime`.
         device: that will compute: None or "cpu", or a CUDA device.
-        options: further options of :class:`PrefetchRuntime`.
+        graphs: steps can be captured in CUDA graphs, by ``torch.cuda.graph`` or
+            ``torch.compile(mode="reduce-overhead")``: the tables, in RAM, are served by a
+            :class:`l3ext.GraphRuntime`, for inference.
+        options: further options of :class:`PrefetchRuntime`, or of :class:`l3ext.GraphRuntime`.
 
     Returns:
         The runtime; also set as ``l3_runtime`` of the module that runs the steps.
@@ -467,7 +517,11 @@ def offload(
         raise ValueError(f'tier: expected "ram" or "disk", got {tier!r}')
     if tier == "disk" and path is None:
         raise ValueError("path: expected the path of the table file, got None")
-    place = _device(device)
+    if graphs and tier != "ram":
+        raise ValueError(
+            f'tier: expected "ram" with graphs, as no device reads a file by itself, got {tier!r}'
+        )
+    place = runtime_device(device)
     layers = [module for module in model.modules() if isinstance(module, L3Layer)]
     runners = [module for module in model.modules() if hasattr(module, "l3_runtime")]
     if not layers or len(runners) != 1:
@@ -482,27 +536,20 @@ def offload(
         if rows is None:
             raise RuntimeError("model: its tables have been offloaded already")
         tables.append(LookupTable(rows, layer.allocation, layer.d_model, layer.tied))
-    if path is None:
-        runtime = PrefetchRuntime(tables, device=place, cache_bytes=cache_bytes, **options)
-    else:
+    source: Any = tables if path is None else path
+    options.update(device=place, cache_bytes=cache_bytes)
+    if path is not None:
         if os.path.exists(path):
             check_same_tables(path, tables)
         else:
             save_tables(path, tables)
-        options["mapped"] = tier == "ram"
-        runtime = PrefetchRuntime(path, device=place, cache_bytes=cache_bytes, **options)
+        if not graphs:
+            options["mapped"] = tier == "ram"
+    runtime = GraphRuntime(source, **options) if graphs else PrefetchRuntime(source, **options)
     for layer in layers:
         layer.release_table()
     runner.l3_runtime = runtime
     return runtime
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    place = torch.device("cpu" if device is None else device)
-    check_device(place, "device")
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    return place
 
 
 def _size(count: int) -> str:

@@ -21,6 +21,7 @@ device      30  C++: every kernel on the device against the CPU's; the runtime's
 tests      150  pytest tests/gpu
 bench      100  forward, backward, decode and plan against the floor, Zipf's law
 tied        35  forward and decode of a tied table
+graph       60  a decode step in one graph, its table on the device and in host memory
 sanitize    90  compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 peers      150  forward and backward beside what users write today
 text        60  the same as bench on real text and its real allocation
@@ -56,6 +57,11 @@ tests() { "$python" -m pytest tests/gpu; }
 bench() { run_bench bench --peer none --budget 8; }
 
 tied() { run_bench tied --tied --regime forward --regime decode --budget 3; }
+
+graph() {
+  "$python" benchmarks/compare_graph_steps.py --device cuda --budget 1.5 \
+    --output "$out/graph-steps.json"
+}
 
 peers() {
   run_bench peers --regime forward --regime backward --runs 20 --budget 8 \

@@ -75,6 +75,9 @@ struct SegmentedAttentionInputs {
   std::optional<Quantization> quantization;  // on the CPU, forward only, dtype not kFloat64
   double scale = 1.0;
   int num_threads = 1;  // on the CPU; any number gives the same bits
+  // On CUDA: left to work beside. The decode kernel starts when all its blocks find room at once,
+  // so one that fills the device would wait for what runs there; any number gives the same bits.
+  int spare_multiprocessors = 0;
 };
 
 struct SegmentedAttentionParams : SegmentedAttentionInputs {

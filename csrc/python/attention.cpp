@@ -87,7 +87,8 @@ void forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
 void directory_forward(const TensorArg& x, const TensorArg& directory, const PlanArrays& plan,
                        int64_t max_rows, int64_t row_stride, int64_t value_offset, double scale,
                        int num_threads, const TensorArg& y, const CudaQueue& queue,
-                       const std::optional<std::string>& row_dtype, int64_t scale_offset) {
+                       const std::optional<std::string>& row_dtype, int64_t scale_offset,
+                       int spare_multiprocessors) {
   const ArrayReader read(x, "x");
   SegmentedAttentionParams params;
   params.dtype = x->dtype;
@@ -108,6 +109,7 @@ void directory_forward(const TensorArg& x, const TensorArg& directory, const Pla
   params.value_offset = value_offset;
   params.scale = scale;
   params.num_threads = num_threads;
+  params.spare_multiprocessors = spare_multiprocessors;
   params.y = read.mutable_rows(y, "y", params.dtype, params.plan.num_tokens, -1);
   params.d_emb = y->shape[1];
   run(read, params, queue);
@@ -155,7 +157,8 @@ void bind_attention(py::module_& module) {
   module.def("directory_attention", directory_forward, py::arg("x"), py::arg("directory"),
              py::arg("plan"), py::arg("max_rows"), py::arg("row_stride"), py::arg("value_offset"),
              py::arg("scale"), py::arg("num_threads"), py::arg("y"), py::arg("queue"),
-             py::arg("row_dtype") = py::none(), py::arg("scale_offset") = 0);
+             py::arg("row_dtype") = py::none(), py::arg("scale_offset") = 0,
+             py::arg("spare_multiprocessors") = 0);
   module.def("segmented_attention_backward", backward, py::arg("dy"), py::arg("x"), py::arg("keys"),
              py::arg("values"), py::arg("plan"), py::arg("max_rows"), py::arg("scale"),
              py::arg("num_threads"), py::arg("segment_gradients"), py::arg("dx"), py::arg("dkeys"),

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, module) {
   l3ext::python::bind_plan(module);
   l3ext::python::bind_attention(module);
   l3ext::python::bind_runtime(module);
+  l3ext::python::bind_graph_runtime(module);
 }

@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "python/bindings.hpp"
+#include "python/runtime_objects.hpp"
 #include "python/tensor_arg.hpp"
+#include "runtime/host_device.hpp"
 #include "runtime/prefetcher.hpp"
 #include "runtime/table_file.hpp"
 
@@ -19,12 +21,6 @@ namespace py = pybind11;
 
 namespace l3ext::python {
 namespace {
-
-// A table in RAM (data is not null) or in a file.
-struct PyTable {
-  Table table;
-  const void* data = nullptr;
-};
 
 // Keeps a Python object alive from C++; the last owner may be any thread, without the GIL.
 std::shared_ptr<void> keep(py::object object) {
@@ -110,44 +106,17 @@ std::vector<PyTable> py_tables(const std::vector<Table>& tables) {
   return result;
 }
 
-std::vector<Table> runtime_tables(const std::vector<PyTable>& tables) {
-  std::vector<Table> result;
-  result.reserve(tables.size());
-  for (const PyTable& table : tables) result.push_back(table.table);
-  return result;
-}
-
-// The first rows of a buffer as a DLPack capsule, which shares the ownership: their elements, or
-// if they are quantised their bytes.
+// The first rows of a buffer: their elements, or if they are quantised their bytes.
 py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const Device& device,
                          const TableShape& shape, int64_t rows) {
-  struct Export {
-    DLManagedTensor tensor{};
-    int64_t shape[2];
-    std::shared_ptr<DeviceBuffer> buffer;
-  };
   const bool quantized = is_quantized(shape.dtype);
-  auto* exported =
-      new Export{{}, {rows, quantized ? shape.row_bytes() : shape.width()}, std::move(buffer)};
-  DLTensor& tensor = exported->tensor.dl_tensor;
-  tensor.data = exported->buffer->data();
-  tensor.device = {device.is_host() ? kDLCPU : kDLCUDA, device.index()};
-  tensor.ndim = 2;
   const DLDataTypeCode code = quantized                         ? kDLUInt
                               : shape.dtype == DType::kBFloat16 ? kDLBfloat
                                                                 : kDLFloat;
-  tensor.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(8 * dtype_bytes(shape.dtype)),
-                  1};
-  tensor.shape = exported->shape;
-  exported->tensor.manager_ctx = exported;
-  exported->tensor.deleter = [](DLManagedTensor* self) {
-    delete static_cast<Export*>(self->manager_ctx);
-  };
-  return py::capsule(&exported->tensor, "dltensor", [](PyObject* capsule) {
-    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // somebody took it
-    auto* self = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    self->deleter(self);
-  });
+  return buffer_capsule(
+      std::move(buffer), device,
+      {static_cast<uint8_t>(code), static_cast<uint8_t>(8 * dtype_bytes(shape.dtype)), 1},
+      {rows, quantized ? shape.row_bytes() : shape.width()});
 }
 
 double to_us(int64_t ns) { return static_cast<double>(ns) * 1e-3; }
@@ -214,8 +183,21 @@ void bind_tables(py::module_& module) {
       .def_property_readonly("d_in", [](const PyTable& t) { return t.table.shape.d_in; })
       .def_property_readonly("d_emb", [](const PyTable& t) { return t.table.shape.d_emb; })
       .def_property_readonly("tied", [](const PyTable& t) { return t.table.shape.tied; })
+      .def_property_readonly("row_bytes",
+                             [](const PyTable& t) { return t.table.shape.row_bytes(); })
       .def_property_readonly("offsets",
                              [](const PyTable& t) { return numpy_array(t.table.owners->offsets); })
+      .def("rows",
+           [](const PyTable& t) {
+             const Table& table = t.table;
+             const std::byte* memory = table.source->memory();
+             const int64_t rows = table.owners->total_rows();
+             L3EXT_CHECK(memory != nullptr || rows == 0,
+                         "tables: expected tables in host memory, got one in a file");
+             const auto bytes = static_cast<size_t>(rows * table.shape.row_bytes());
+             return rows_capsule(std::make_shared<DeviceBuffer>(memory, bytes, table.source),
+                                 HostDevice(), table.shape, rows);
+           })
       .def("checksums",
            [](const PyTable& t) {
              if (t.data == nullptr) return numpy_array(t.table.checksums);
@@ -281,11 +263,6 @@ void bind_ledger(py::module_& module) {
             ledger.write_chrome_trace(path);
           },
           py::arg("path"));
-}
-
-void* stream_of(uintptr_t handle) {
-  // NOLINTNEXTLINE(performance-no-int-to-ptr): Python knows a stream as a number.
-  return reinterpret_cast<void*>(handle);
 }
 
 void bind_prefetcher(py::module_& module) {

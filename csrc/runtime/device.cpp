@@ -8,6 +8,11 @@
 
 namespace l3ext {
 
+std::unique_ptr<Branch> Device::make_branch(int64_t) {
+  throw Error(ErrorCode::kRuntime,
+              concat("device: expected one whose kernels read host memory, got ", name()));
+}
+
 std::shared_ptr<Device> make_device(const std::string& name) {
   if (name == "cpu") return std::make_shared<HostDevice>();
   constexpr std::string_view kCuda = "cuda:";

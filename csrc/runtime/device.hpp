@@ -51,6 +51,17 @@ class CopyQueue {
   virtual FencePtr record() = 0;
 };
 
+// Work beside a stream of the caller's, and part of it: who captures the stream in a graph captures
+// the branch with it. Nothing is allocated. One step at a time.
+class Branch {
+ public:
+  virtual ~Branch() = default;
+  // The branch's stream; what is put into it from now on starts after all that `stream` holds.
+  virtual void* fork(void* stream) = 0;
+  virtual void mark(int64_t point) = 0;                // after what the branch holds so far
+  virtual void join(void* stream, int64_t point) = 0;  // `stream` goes on after the mark
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -77,6 +88,10 @@ class Device {
   // Work put into the stream from now on starts after the fences: the stream waits, not the host.
   // Where there is something to wait for, what it took (null: nothing).
   virtual std::shared_ptr<Stall> wait(void* stream, std::span<const FencePtr> fences) = 0;
+
+  // A branch with so many points, whose kernels read pinned host memory at the host's addresses;
+  // throws kRuntime where the device has none.
+  virtual std::unique_ptr<Branch> make_branch(int64_t points);
 };
 
 // "cpu", or "cuda:0" and so on. Throws kValue for another name, kRuntime where there is no such

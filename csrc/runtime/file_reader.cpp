@@ -68,8 +68,8 @@ void FileReader::try_direct(DirectIo direct_io) {
   if (direct_) return;
   if (direct_io == DirectIo::kOn) {
     throw Error::io(path_, EINVAL,
-                    "direct_io: this file system does not allow O_DIRECT; pass False or "
-                    "\"auto\" to read through the page cache");
+                    "direct_io: expected a file system that allows O_DIRECT, got one that does "
+                    "not; off and auto read through the page cache");
   }
   ::fcntl(fd_, F_SETFL, flags);
 }

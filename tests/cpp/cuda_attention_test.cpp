@@ -87,6 +87,19 @@ void extreme_steps() {
   });
 }
 
+// A decode step that would fill the device, beside work that has a part of it, or all.
+void bits_do_not_depend_on_the_room() {
+  for_each_dtype([]<typename T>() {
+    Shape shape = grid({1, 20, 150}, {2, 12});
+    shape.layout = Layout::kDirectory;
+    const std::vector<double> all = Step<T>(shape).forward();
+    for (const int spare : {1, 2, 3, 100}) {
+      shape.spare_multiprocessors = spare;
+      EXPECT(same_bits(Step<T>(shape).forward(), all));
+    }
+  });
+}
+
 // --- values --------------------------------------------------------------------------------------
 void extreme_scores() {
   for_each_dtype([]<typename T>() {
@@ -297,6 +310,7 @@ int main() {
   RUN(any_width);
   RUN(tables_of_any_layout);
   RUN(extreme_steps);
+  RUN(bits_do_not_depend_on_the_room);
   RUN(extreme_scores);
   RUN(a_nan_stays_in_its_own_output);
   RUN(positions_of_no_token_get_nan);

@@ -80,6 +80,7 @@ struct Step {
   std::vector<int32_t> tokens;
   int64_t ring_bytes = 0;
   int blocks = 2;
+  bool on_host = false;  // by the kernels' twin
   std::unique_ptr<DeviceBuffer<std::byte>> ring;
 
   // `hot`: of a hundred tokens. `odd`: rows of any size at any address, else multiples of 16 bytes.
@@ -134,6 +135,7 @@ struct Step {
     params.directory = directory.data();
     params.counters = counters.data();
     params.blocks = blocks;
+    if (on_host) return cuda::fetch_step_on_host(params);
     const int64_t workspace_bytes = cuda::fetch_step_workspace(params.most_tokens);
     DeviceBuffer<std::byte> workspace(workspace_bytes);
     cuda::fetch_step(params, workspace.data(), workspace_bytes, nullptr);
@@ -252,6 +254,26 @@ void a_step_larger_than_the_ring() {
   }
 }
 
+// The twin does the same, to the byte.
+void the_host_does_the_same() {
+  for (unsigned seed = 0; seed < 4; ++seed) {
+    for (const int count : {0, 1, 31, 700}) {
+      Step step(seed, 30, true);
+      step.on_host = true;
+      step.set_tokens(random_tokens(seed, count));
+      if (count == 31) step.tokens.insert(step.tokens.begin(), {-1, -1});
+      const int64_t needed = step.bytes_needed();
+      for (const int64_t bytes : {needed, needed / 2, int64_t{0}}) {
+        step.ring_bytes = bytes;
+        step.directory.poison();
+        for (int i = 0; i < 4; ++i) step.counters[i] = 0;
+        step.run();
+        EXPECT((step.check() > 0) == (bytes < needed));
+      }
+    }
+  }
+}
+
 // Claims do not depend on the order of threads, nor on how many blocks copy.
 void the_same_for_any_order() {
   std::vector<int64_t> first;
@@ -334,6 +356,7 @@ int main() {
   RUN(nothing_to_fetch);
   RUN(equal_ids_are_fetched_once);
   RUN(a_step_larger_than_the_ring);
+  RUN(the_host_does_the_same);
   RUN(the_same_for_any_order);
   RUN(counters_add_up_and_may_be_left_out);
   RUN(wrong_arguments);

@@ -20,6 +20,7 @@
 #include "runtime/cuda/copy_engines.hpp"
 #include "runtime/cuda/fetch_blocks.hpp"
 #include "runtime/cuda_device.hpp"
+#include "runtime/graph_runtime.hpp"
 #include "runtime_examples.hpp"
 
 namespace {
@@ -298,6 +299,72 @@ void a_captured_step() {
 }
 
 // --- all of it
+// A graph of two layers' fetches, forked and joined, replayed for other ids: in the hot set, in the
+// ring, and where that is full or absent in host memory.
+void a_graph_runtime_in_a_graph() {
+  using namespace examples;
+  constexpr int64_t kVocab = 200, kTokens = 40;
+  const Example tables[] = {make_example(kVocab, 20, 64, 64, 1),
+                            make_example(kVocab, 9, 64, 128, 2)};
+  const auto device = make_cuda_device(0, CopyChoice{});
+  for (const GraphOptions& options :
+       {GraphOptions{.cache_bytes = 100000}, {.ring_bytes = 100000}, {.ring_bytes = 0}}) {
+    GraphRuntime runtime({ram_table(tables[0]), ram_table(tables[1])}, device, options);
+    const Memory tokens = std::make_unique<DeviceMemory>(4 * kTokens);
+    const Memory count = std::make_unique<DeviceMemory>(4);
+    const Memory seen[] = {std::make_unique<DeviceMemory>(8 * kVocab),
+                           std::make_unique<DeviceMemory>(8 * kVocab)};
+    const Stream stream;
+    const char step = 0;
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t replay = nullptr;
+    L3EXT_CUDA_CHECK(cudaStreamBeginCapture(stream.stream, cudaStreamCaptureModeGlobal));
+    runtime.begin(tokens->as<int32_t>(), count->as<int32_t>(), kTokens, &step, stream.stream);
+    for (int layer = 0; layer < 2; ++layer) {
+      runtime.wait(layer, &step, stream.stream);
+      L3EXT_CUDA_CHECK(cudaMemcpyAsync(seen[layer]->as<void>(), runtime.directory(layer)->data(),
+                                       8 * kVocab, cudaMemcpyDeviceToDevice, stream.stream));
+    }
+    runtime.end(&step, stream.stream);
+    L3EXT_CUDA_CHECK(cudaStreamEndCapture(stream.stream, &graph));
+    L3EXT_CUDA_CHECK(cudaGraphInstantiate(&replay, graph, 0));
+    bool right = true;
+    for (unsigned seed = 0; seed < 4; ++seed) {
+      std::mt19937 random(seed);
+      std::vector<int32_t> ids(kTokens);
+      for (int32_t& id : ids) id = static_cast<int32_t>(random() % kVocab);
+      std::ranges::sort(ids);
+      ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+      const auto number = static_cast<int32_t>(ids.size());
+      L3EXT_CUDA_CHECK(
+          cudaMemcpy(tokens->as<void>(), ids.data(), 4 * ids.size(), cudaMemcpyHostToDevice));
+      L3EXT_CUDA_CHECK(cudaMemcpy(count->as<void>(), &number, 4, cudaMemcpyHostToDevice));
+      L3EXT_CUDA_CHECK(cudaGraphLaunch(replay, stream.stream));
+      stream.synchronize();
+      for (int layer = 0; layer < 2; ++layer) {
+        const Example& table = tables[layer];
+        std::vector<int64_t> places(kVocab);
+        L3EXT_CUDA_CHECK(
+            cudaMemcpy(places.data(), seen[layer]->as<void>(), 8 * kVocab, cudaMemcpyDeviceToHost));
+        for (const int32_t id : ids) {
+          const int64_t bytes = table.owners->rows(id) * table.shape.row_bytes();
+          std::vector<std::byte> rows(static_cast<size_t>(bytes));
+          // NOLINTNEXTLINE(performance-no-int-to-ptr): a directory holds addresses
+          const auto* there = reinterpret_cast<const void*>(places[id]);
+          L3EXT_CUDA_CHECK(cudaMemcpy(rows.data(), there, rows.size(), cudaMemcpyDefault));
+          right =
+              right && std::memcmp(rows.data(),
+                                   table.rows.data() + table.owners->offsets[id] * table.width(),
+                                   rows.size()) == 0;
+        }
+      }
+    }
+    EXPECT(right);
+    cudaGraphExecDestroy(replay);
+    cudaGraphDestroy(graph);
+  }
+}
+
 void a_prefetcher_serves_a_stream() {
   using namespace examples;
   const Example example = make_example(200, 20, 64, 64, 1);
@@ -355,6 +422,7 @@ int main() {
   RUN(workers_beside_a_capture);
   RUN(blocks_of_any_size_and_alignment);
   RUN(a_captured_step);
+  RUN(a_graph_runtime_in_a_graph);
   RUN(a_prefetcher_serves_a_stream);
   return check::failures == 0 ? 0 : 1;
 }

@@ -223,6 +223,7 @@ l3ext::SegmentedAttentionInputs Step<T>::inputs() {
   in.plan.max_rows = max_rows;
   if (!x_) return in;
   in.x = x_->view();
+  in.spare_multiprocessors = shape.spare_multiprocessors;
   const int64_t value_offset = shape.tied ? 0 : shape.d_in;
   switch (shape.layout) {
     case Layout::kTable:

@@ -101,6 +101,7 @@ struct Shape {
   Layout layout = Layout::kTable;
   bool tied = false;
   double scale = 1;
+  int spare_multiprocessors = 0;
 };
 
 struct Gradients {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,13 +21,16 @@
 namespace l3ext::cuda {
 
 int kernel_copies = 0;
+std::function<void()> before_kernel;  // called when its turn comes
 
 // In the place of the kernel, which the fake runtime cannot run.
 void fetch_blocks(std::span<const Copy> copies, int, void* stream) {
   for (const Copy& copy : copies) {
     ++kernel_copies;
-    fake_cudart::run(static_cast<cudaStream_t>(stream),
-                     [copy] { std::memcpy(copy.target, copy.source, copy.bytes); });
+    fake_cudart::run(static_cast<cudaStream_t>(stream), [copy] {
+      if (before_kernel) before_kernel();
+      std::memcpy(copy.target, copy.source, copy.bytes);
+    });
   }
 }
 
@@ -192,6 +196,48 @@ void copies_go_where_the_choice_says() {
   EXPECT(copy_choice(HostDevice()) == nullptr);
 }
 
+// Small copies beside the large ones of a call: before them or after, as it comes. What is put in
+// later comes later.
+void small_copies_do_not_wait_for_large_ones() {
+  CopyChoice choice;
+  choice.kernel_below = 1500;
+  int small_first = 0, large_first = 0;
+  for (uint64_t seed = 0; seed < 40; ++seed) {
+    fake_cudart::reset({.seed = seed});
+    {
+      const auto device = make_cuda_device(0, choice);
+      const DeviceBuffer rows(device, kBytes);
+      const Source first(*device, 1), second(*device, 2);
+      const auto queue = device->make_queue();
+      fake_cudart::hold(true);  // all is put in before any of it is done
+      for (const Source* source : {&first, &second}) {
+        // A large one, a small one, and others in their places by the call that follows.
+        const Copy copies[] = {{rows.data(), source->bytes.data(), 2000},
+                               {rows.data() + 2000, source->bytes.data() + 2000, 1000}};
+        queue->copy(copies);
+      }
+      const FencePtr there = queue->record();
+      cuda::before_kernel = [&] {
+        if (all_are(rows.data() + 2000, 1000, 1)) return;  // the second call
+        ++(all_are(rows.data(), 2000, 1) ? large_first : small_first);
+      };
+      fake_cudart::hold(false);
+      there->wait();
+      EXPECT(all_are(rows.data(), 3000, 2));
+      cuda::before_kernel = nullptr;
+      queue->copy(std::vector<Copy>{{rows.data(), first.bytes.data(), 2000},
+                                    {rows.data() + 2000, first.bytes.data() + 2000, 1000}});
+      queue->fill(rows.data() + 1000, 3, 1500);  // over both
+      queue->record()->wait();
+      EXPECT(all_are(rows.data(), 1000, 1) && all_are(rows.data() + 1000, 1500, 3));
+      EXPECT(all_are(rows.data() + 2500, 500, 1));
+    }
+    fake_cudart::finish_all();
+    EXPECT(fake_cudart::take_faults().empty());
+  }
+  EXPECT(small_first > 5 && large_first > 5);
+}
+
 void without_host_addresses_no_kernel_copies() {
   CopyChoice choice;
   choice.kernel_below = 1500;
@@ -327,10 +373,12 @@ void wrong_arguments() {
 }
 
 // The whole runtime on it: rows are right where a stream reads them, while later steps overwrite.
+// Blocks of fewer bytes than `KernelBelow` go by the kernel: none of them, or about half.
+template <size_t KernelBelow>
 void a_prefetcher_serves_a_stream() {
   using namespace examples;
   const Example example = make_example(60, 5, 8, 8, 1);
-  const auto device = make_cuda_device(0, kBatched);
+  const auto device = make_cuda_device(0, {true, KernelBelow, 4, {}});
   PrefetchOptions options;
   options.ring_bytes = 60 * example.shape.row_bytes();
   const auto prefetcher =
@@ -372,6 +420,7 @@ int main() {
   RUN(checked<events_are_pooled>);
   RUN(checked<ends_in_any_order>);
   RUN(checked<copies_go_where_the_choice_says>);
+  RUN(small_copies_do_not_wait_for_large_ones);
   RUN(([] { without_faults({.host_pointers = false}, without_host_addresses_no_kernel_copies); }));
   RUN(([] { without_faults({.driver = 12060}, an_old_driver_has_no_batches); }));
   RUN(([] { without_faults({}, a_device_measures_its_copies); }));
@@ -383,7 +432,8 @@ int main() {
   RUN(checked<memory_of_the_device>);
   RUN(checked<the_current_device_stays>);
   RUN(([] { without_faults({}, wrong_arguments); }));
-  RUN(checked<a_prefetcher_serves_a_stream>);
+  RUN(checked<a_prefetcher_serves_a_stream<0>>);
+  RUN(checked<a_prefetcher_serves_a_stream<300>>);
   RUN(checked<captures_are_left_alone>);
   RUN(a_lost_device_is_an_error_and_no_hang);
   return check::failures == 0 ? 0 : 1;

@@ -293,6 +293,16 @@ void what_is_no_readable_file_is_refused() {
   }));
 }
 
+// Of a file system that has no O_DIRECT; where it is asked for, that is an error that says what
+// else.
+void direct_io_that_cannot_be_had() {
+  const std::string path = "/proc/version";
+  EXPECT(!FileReader(path, DirectIo::kAuto, IoEngine::kPread).direct());
+  EXPECT(EXPECT_THROWS(Error, FileReader(path, DirectIo::kOn, IoEngine::kPread)) ==
+         "direct_io: expected a file system that allows O_DIRECT, got one that does not; off and "
+         "auto read through the page cache");
+}
+
 void a_path_is_bytes() {
   const File file("bytes");
   const std::string path = file.path + "-\xff\xfe";  // not UTF-8
@@ -422,6 +432,7 @@ int main() {
   RUN(a_file_cut_short_is_an_error_of_the_reads_beyond);
   RUN(a_file_that_was_replaced_is_still_read_as_it_was);
   RUN(what_is_no_readable_file_is_refused);
+  RUN(direct_io_that_cannot_be_had);
   RUN(a_path_is_bytes);
   RUN(where_no_ring_is_left_pread_reads_and_says_so);
   RUN(where_io_uring_is_forbidden_later_reads_fail_and_the_process_lives);

@@ -105,6 +105,13 @@ void decode_covers_all_rows_and_columns() {
   }
 }
 
+void blocks_leave_room_for_others() {
+  EXPECT(blocks_beside(264, 132, 0) == 264);
+  EXPECT(blocks_beside(264, 132, 4) == 256);
+  EXPECT(blocks_beside(132, 132, 4) == 128);
+  for (const int spare : {132, 133, 1 << 30}) EXPECT(blocks_beside(264, 132, spare) == 1);
+}
+
 }  // namespace
 
 int main() {
@@ -113,6 +120,7 @@ int main() {
   RUN(what_is_chosen_fits);
   RUN(slabs_are_whole_blocks_that_fit);
   RUN(scores_of_neighbouring_queries_lie_in_other_banks);
+  RUN(blocks_leave_room_for_others);
   RUN(decode_pieces_grow_with_the_batch);
   RUN(decode_covers_all_rows_and_columns);
   return check::failures == 0 ? 0 : 1;

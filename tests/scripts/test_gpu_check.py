@@ -17,6 +17,7 @@ PARTS = [
     "tests",
     "bench",
     "tied",
+    "graph",
     "sanitize",
     "peers",
     "text",
@@ -152,6 +153,7 @@ def test_everything_runs_and_is_summed_up(fake):
     calls = (tree / "python.log").read_text()
     assert "-m pytest tests/gpu" in calls
     assert "-m l3ext bench attention --device cuda --output" in calls
+    assert "benchmarks/compare_graph_steps.py --device cuda" in calls
 
 
 def test_only_some_parts(fake, tmp_path):

@@ -155,7 +155,11 @@ void run_decode(const SegmentedAttentionParams& params, float* scores, const Lau
   args.attention = attention_of(params);
   args.scores = scores;
   const int64_t shared = decode_shared_bytes(args.attention.table.max_rows);
-  const int resident = resident_blocks(decode_kernel<T>, kThreads, shared);
+  int resident = resident_blocks(decode_kernel<T>, kThreads, shared);
+  if (params.spare_multiprocessors > 0) {
+    resident =
+        blocks_beside(resident, device_limits().multiprocessors, params.spare_multiprocessors);
+  }
   const DecodeShape shape =
       decode_shape(params.plan.num_tokens, args.attention.table.max_rows, params.d_emb, resident);
   args.slice_blocks = shape.slice_blocks;

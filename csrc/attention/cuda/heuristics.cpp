@@ -39,6 +39,11 @@ bool slabs_fit(int64_t element_bytes, int64_t width, int64_t shared_bytes) {
          slab_shared_bytes(static_cast<int>(width * element_bytes)) <= shared_bytes;
 }
 
+int blocks_beside(int resident, int multiprocessors, int spare) {
+  const int each = (resident + multiprocessors - 1) / multiprocessors;
+  return std::max(1, resident - each * std::min(spare, multiprocessors));
+}
+
 DecodeShape decode_shape(int64_t num_tokens, int64_t max_rows, int64_t d_emb, int resident) {
   const int64_t enough = kTurns * resident;
   const int64_t blocks = std::max<int64_t>(1, (max_rows + kBlockRows - 1) / kBlockRows);

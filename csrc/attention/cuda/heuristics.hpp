@@ -14,6 +14,10 @@ int backward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes
 // Whether rows of a tied table pass through shared memory, once; else they are read twice.
 bool slabs_fit(int64_t element_bytes, int64_t width, int64_t shared_bytes);
 
+// Of the blocks that are `resident` on a device at a time, those that leave `spare` multiprocessors
+// free; at least 1.
+int blocks_beside(int resident, int multiprocessors, int spare);
+
 struct DecodeShape {
   int slice_blocks;    // 1 or 2: blocks of 16 rows that one block of threads scores at a time
   int slices;          // of max_rows

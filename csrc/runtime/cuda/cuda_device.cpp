@@ -30,18 +30,30 @@ namespace {
 // A batch shall be worth its call, and end soon enough for the next layer's to begin.
 constexpr size_t kBatch = 64;
 
+cudaStream_t make_stream() {
+  int least = 0, greatest = 0;
+  L3EXT_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  cudaStream_t stream = nullptr;
+  L3EXT_CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+  return stream;
+}
+
 class CudaQueue final : public CopyQueue {
  public:
   CudaQueue(std::shared_ptr<EventPool> pool, const CopyChoice& choice)
       : pool_(std::move(pool)), choice_(choice) {
     const Scope scope(pool_->device());
-    int least = 0, greatest = 0;
-    L3EXT_CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    L3EXT_CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
+    forked_ = std::make_unique<PooledEvent>(pool_, EventPool::kFence);
+    copied_ = std::make_unique<PooledEvent>(pool_, EventPool::kFence);
+    stream_ = make_stream();
+    beside_ = make_stream();
     small_.reserve(kBatch);
     large_.reserve(kBatch);
   }
-  ~CudaQueue() override { cudaStreamDestroy(stream_); }  // what is in it is still done
+  ~CudaQueue() override {  // what is in them is still done
+    cudaStreamDestroy(stream_);
+    cudaStreamDestroy(beside_);
+  }
 
   size_t batch() const override { return kBatch; }
   void wait(const FencePtr& fence) override {
@@ -50,33 +62,89 @@ class CudaQueue final : public CopyQueue {
   }
   void copy(std::span<const Copy> copies) override {
     const Scope scope(pool_->device());
+    join();  // calls keep their order, copies of a call have none
     small_.clear();
     large_.clear();
     for (const Copy& copy : copies) {
       (copy.bytes < choice_.kernel_below ? small_ : large_).push_back(copy);
+    }
+    if (large_.empty() || small_.empty()) {
+      fetch_blocks(small_, choice_.kernel_blocks, stream_);
+    } else {
+      // The kernel need not wait for the engines, which have a stream to themselves meanwhile.
+      L3EXT_CUDA_CHECK(cudaEventRecord(forked_->get(), stream_));
+      L3EXT_CUDA_CHECK(cudaStreamWaitEvent(beside_, forked_->get(), 0));
+      fetch_blocks(small_, choice_.kernel_blocks, beside_);
+      L3EXT_CUDA_CHECK(cudaEventRecord(copied_->get(), beside_));
+      open_ = true;
     }
     if (choice_.batched) {
       engines_.copy_batch(large_, stream_);
     } else {
       CopyEngines::copy_loop(large_, stream_);
     }
-    fetch_blocks(small_, choice_.kernel_blocks, stream_);
   }
   void fill(void* target, unsigned char value, size_t bytes) override {
     const Scope scope(pool_->device());
+    join();
     L3EXT_CUDA_CHECK(cudaMemsetAsync(target, value, bytes, stream_));
   }
   FencePtr record() override {
     const Scope scope(pool_->device());
+    join();
     return record_fence(pool_, stream_);
   }
 
  private:
+  // What comes now comes after the kernel too.
+  void join() {
+    if (!open_) return;
+    L3EXT_CUDA_CHECK(cudaStreamWaitEvent(stream_, copied_->get(), 0));
+    open_ = false;
+  }
+
   const std::shared_ptr<EventPool> pool_;
   const CopyChoice choice_;
-  cudaStream_t stream_ = nullptr;
+  std::unique_ptr<PooledEvent> forked_, copied_;
+  cudaStream_t stream_ = nullptr, beside_ = nullptr;
+  bool open_ = false;  // `beside_` holds copies that nothing waits for yet
   CopyEngines engines_;
   std::vector<Copy> small_, large_;
+};
+
+class CudaBranch final : public Branch {
+ public:
+  CudaBranch(std::shared_ptr<EventPool> pool, int64_t points) : pool_(std::move(pool)) {
+    const Scope scope(pool_->device());
+    forked_ = std::make_unique<PooledEvent>(pool_, EventPool::kFence);
+    for (int64_t i = 0; i < points; ++i) {
+      marks_.push_back(std::make_unique<PooledEvent>(pool_, EventPool::kFence));
+    }
+    stream_ = make_stream();
+  }
+  ~CudaBranch() override { cudaStreamDestroy(stream_); }
+
+  void* fork(void* stream) override {
+    const Scope scope(pool_->device());
+    L3EXT_CUDA_CHECK(cudaEventRecord(forked_->get(), static_cast<cudaStream_t>(stream)));
+    L3EXT_CUDA_CHECK(cudaStreamWaitEvent(stream_, forked_->get(), 0));
+    return stream_;
+  }
+  void mark(int64_t point) override {
+    const Scope scope(pool_->device());
+    L3EXT_CUDA_CHECK(cudaEventRecord(marks_[static_cast<size_t>(point)]->get(), stream_));
+  }
+  void join(void* stream, int64_t point) override {
+    const Scope scope(pool_->device());
+    L3EXT_CUDA_CHECK(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream),
+                                         marks_[static_cast<size_t>(point)]->get(), 0));
+  }
+
+ private:
+  const std::shared_ptr<EventPool> pool_;
+  std::unique_ptr<PooledEvent> forked_;
+  std::vector<std::unique_ptr<PooledEvent>> marks_;
+  cudaStream_t stream_ = nullptr;
 };
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -174,9 +242,8 @@ class StreamDevice final : public Device {
       pin_flags_ |= cudaHostRegisterReadOnly;
     }
     // Else pinned memory has another address on the device, which a kernel would have to know.
-    if (attribute(cudaDevAttrCanUseHostPointerForRegisteredMem, index_) == 0) {
-      choice_.kernel_below = 0;
-    }
+    reads_host_ = attribute(cudaDevAttrCanUseHostPointerForRegisteredMem, index_) != 0;
+    if (!reads_host_) choice_.kernel_below = 0;
   }
 
   std::string name() const override { return concat("cuda:", index_); }
@@ -246,6 +313,11 @@ class StreamDevice final : public Device {
     return timed_wait_for(pool_, static_cast<cudaStream_t>(stream), fences);
   }
 
+  std::unique_ptr<Branch> make_branch(int64_t points) override {
+    if (!reads_host_) return Device::make_branch(points);
+    return std::make_unique<CudaBranch>(pool_, points);
+  }
+
  private:
   // A captured event would belong to the graph, and a graph replays without the fetch.
   static void check_not_capturing(cudaStream_t stream) {
@@ -261,6 +333,7 @@ class StreamDevice final : public Device {
   const int index_;
   const std::shared_ptr<EventPool> pool_;
   CopyChoice choice_;
+  bool reads_host_ = true;  // kernels do, at the host's addresses
   int numa_node_ = -1;
   unsigned pin_flags_ = cudaHostRegisterPortable | cudaHostRegisterMapped;
 };

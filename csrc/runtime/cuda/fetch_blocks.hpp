@@ -45,5 +45,7 @@ int64_t fetch_step_workspace(int64_t most_tokens);
 // kValue, kRuntime.
 void fetch_step(const FetchStepParams& params, void* workspace, int64_t workspace_bytes,
                 void* stream);
+// The same at once, by the host, over host memory: its twin. Available in every build.
+void fetch_step_on_host(const FetchStepParams& params);
 
 }  // namespace l3ext::cuda

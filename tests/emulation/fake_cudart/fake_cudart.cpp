@@ -20,9 +20,11 @@ constexpr int kDevices = 2;
 struct EventState {
   int device = 0;
   bool timed = false;
-  int64_t recorded = 0;       // how often
-  std::set<int64_t> pending;  // which of these are still to be done
-  int64_t time = 0;           // ticks, of the last one done
+  int64_t recorded = 0;          // how often
+  std::set<int64_t> pending;     // which of these are still to be done
+  int64_t time = 0;              // ticks, of the last one done
+  std::shared_ptr<Graph> graph;  // that captured the last record
+  std::set<size_t> nodes;        // of the graph: what it is a point after
 
   bool done(int64_t record) const { return !pending.contains(record); }
   bool done() const { return done(recorded); }
@@ -35,12 +37,24 @@ struct Work {
 };
 
 }  // namespace
+
+struct Graph {
+  struct Node {
+    std::function<void()> run;
+    std::set<size_t> after;
+  };
+  std::vector<Node> nodes;
+  bool valid = true;
+};
+
 }  // namespace fake_cudart
 
 struct FakeStream {
   int device = 0;
   bool destroyed = false;
-  std::deque<fake_cudart::Work> work;
+  std::deque<fake_cudart::Work> work = {};
+  std::shared_ptr<fake_cudart::Graph> graph = {};  // that captures it; null: none
+  std::set<size_t> nodes = {};                     // of the graph: what its next work comes after
 };
 struct FakeEvent {
   std::shared_ptr<fake_cudart::EventState> state;
@@ -120,6 +134,13 @@ bool known(cudaEvent_t event) {
   return false;
 }
 
+void put(FakeStream& stream, std::function<void()> run) {
+  if (!stream.graph) return stream.work.push_back({std::move(run), nullptr, 0});
+  auto& nodes = stream.graph->nodes;
+  nodes.push_back({std::move(run), stream.nodes});
+  stream.nodes = {nodes.size() - 1};
+}
+
 bool within(const std::map<char*, size_t>& ranges, const void* p, size_t bytes) {
   auto* begin = static_cast<char*>(const_cast<void*>(p));
   auto entry = ranges.upper_bound(begin);
@@ -163,7 +184,7 @@ void reset(const Options& options) {
   world.random.seed(options.seed);
   world.streams.clear();
   for (int i = 0; i < kDevices; ++i) {
-    world.streams.push_back(std::make_unique<FakeStream>(FakeStream{i, false, {}}));
+    world.streams.push_back(std::make_unique<FakeStream>(FakeStream{i}));
     for (const auto& [begin, bytes] : world.device_memory[i]) std::free(begin);
     world.device_memory[i].clear();
   }
@@ -190,7 +211,51 @@ std::vector<std::string> take_faults() {
 }
 void run(cudaStream_t stream, std::function<void()> kernel) {
   const Lock lock(world.mutex);
-  if (FakeStream* found = find(stream)) found->work.push_back({std::move(kernel), nullptr, 0});
+  if (FakeStream* found = find(stream)) put(*found, std::move(kernel));
+}
+void begin_capture(cudaStream_t stream) {
+  const Lock lock(world.mutex);
+  find(stream)->graph = std::make_shared<Graph>();
+}
+std::shared_ptr<Graph> end_capture(cudaStream_t stream) {
+  const Lock lock(world.mutex);
+  FakeStream& origin = *find(stream);
+  const std::shared_ptr<Graph> graph = origin.graph;
+  std::vector<size_t> open(origin.nodes.begin(), origin.nodes.end());
+  std::set<size_t> before = origin.nodes;  // all that the stream has waited for
+  while (!open.empty()) {
+    const size_t node = open.back();
+    open.pop_back();
+    for (const size_t other : graph->nodes[node].after) {
+      if (before.insert(other).second) open.push_back(other);
+    }
+  }
+  for (const auto& other : world.streams) {
+    if (other->graph != graph) continue;
+    if (!std::ranges::includes(before, other->nodes)) {
+      fault("a capture that ends without a stream that it forked");
+      graph->valid = false;
+    }
+    other->graph = nullptr;
+    other->nodes.clear();
+  }
+  return graph->valid ? graph : nullptr;
+}
+void replay(const std::shared_ptr<Graph>& graph, cudaStream_t stream) {
+  run(stream, [graph] {
+    std::set<size_t> done;
+    while (done.size() < graph->nodes.size()) {
+      std::vector<size_t> candidates;
+      for (size_t i = 0; i < graph->nodes.size(); ++i) {
+        if (!done.contains(i) && std::ranges::includes(done, graph->nodes[i].after)) {
+          candidates.push_back(i);
+        }
+      }
+      const size_t next = candidates[world.random() % candidates.size()];
+      graph->nodes[next].run();
+      done.insert(next);
+    }
+  });
 }
 void finish_all() {
   const Lock lock(world.mutex);
@@ -266,7 +331,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, i
   const Lock lock(world.mutex);
   if (const auto error = enter(); error != cudaSuccess) return error;
   if (flags != cudaStreamNonBlocking) fault("a stream that blocks on the default one");
-  world.streams.push_back(std::make_unique<FakeStream>(FakeStream{current_device, false, {}}));
+  world.streams.push_back(std::make_unique<FakeStream>(FakeStream{current_device}));
   *stream = world.streams.back().get();
   ++world.counts.streams;
   return cudaSuccess;
@@ -292,13 +357,25 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   if (const auto error = enter(); error != cudaSuccess) return error;
   FakeStream* found = find(stream);
   if (found == nullptr || !known(event)) return cudaErrorInvalidResourceHandle;
-  found->work.push_back({nullptr, event->state, event->state->recorded});
+  const EventState& state = *event->state;
+  if (state.graph) {
+    if (found->graph && found->graph != state.graph) fault("a capture that waits for another");
+    found->graph = state.graph;  // from now on it is captured too
+    found->nodes.insert(state.nodes.begin(), state.nodes.end());
+    return cudaSuccess;
+  }
+  if (found->graph) {
+    fault("a capture that waits for work outside");
+    found->graph->valid = false;
+    return cudaErrorInvalidValue;
+  }
+  found->work.push_back({nullptr, event->state, state.recorded});
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   const Lock lock(world.mutex);
-  *status = stream != nullptr && stream == world.captured ? cudaStreamCaptureStatusActive
-                                                          : cudaStreamCaptureStatusNone;
+  const bool captured = stream != nullptr && (stream == world.captured || stream->graph);
+  *status = captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
@@ -333,6 +410,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     fault("an event recorded on another device's stream");
     return cudaErrorInvalidResourceHandle;
   }
+  event->state->graph = found->graph;
+  event->state->nodes = found->nodes;
+  if (found->graph) return cudaSuccess;  // a point of the graph, which no host can ask for
   const int64_t record = ++event->state->recorded;
   event->state->pending.insert(record);
   found->work.push_back({[state = event->state, record] {
@@ -346,6 +426,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   const Lock lock(world.mutex);
   if (const auto error = enter(true); error != cudaSuccess) return error;
   if (!known(event)) return cudaErrorInvalidResourceHandle;
+  if (event->state->graph) fault("a question about a captured event");
   return event->state->done() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {

@@ -2,13 +2,15 @@
 // streams do their work later, in their own order and a random one between each other (a seed fixes
 // it), a little of it in every call. Calls that CUDA would refuse are refused. Thread-safe.
 //
-// Not faked: graphs, kernels, more than one process, time (a tick passes with every piece of work).
+// Not faked: a graph's capture and launch by CUDA's own names (begin_capture() and replay() do what
+// these do), kernels, more than one process, time (a tick passes with every piece of work).
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -44,7 +46,15 @@ void finish_all();         // does all work
 void hold(bool held);      // streams stand still until something has to wait for them
 void set_capturing(bool);  // another thread captures a graph in global mode
 void set_capturing(cudaStream_t stream);  // this stream does; null: none
-void lose_devices();                      // from now on all fails, as after an illegal address
+// A graph takes what is put into the stream, and into streams that wait for it, until the end. It
+// is a fault if one of them waits for work outside, or if the stream does not wait for their last.
+// Null where it is.
+struct Graph;
+void begin_capture(cudaStream_t stream);
+std::shared_ptr<Graph> end_capture(cudaStream_t stream);
+// Puts the graph's work into the stream; all that it does not order itself goes in random order.
+void replay(const std::shared_ptr<Graph>& graph, cudaStream_t stream);
+void lose_devices();  // from now on all fails, as after an illegal address
 unsigned last_register_flags();
 
 }  // namespace fake_cudart

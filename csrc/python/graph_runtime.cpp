@@ -1,0 +1,105 @@
+// Tables for steps that a graph holds.
+#include "runtime/graph_runtime.hpp"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "python/array_reader.hpp"
+#include "python/bindings.hpp"
+#include "python/runtime_objects.hpp"
+#include "python/tensor_arg.hpp"
+
+namespace py = pybind11;
+
+namespace l3ext::python {
+namespace {
+
+constexpr DLDataType kInt64 = {kDLInt, 64, 1};
+
+void check_place(const TensorArg& array, const char* argument, const Device& device) {
+  const Place& place = array->place;
+  const bool there = device.is_host()
+                         ? place.on_host()
+                         : place.kind == Place::Kind::kCuda && place.index == device.index();
+  if (!there) {
+    throw Error(ErrorCode::kType, concat(argument, ": expected an array on ", device.name(),
+                                         ", got one ", place_name(place)));
+  }
+}
+
+void begin(GraphRuntime& runtime, const TensorArg& tokens, const TensorArg& num_tokens,
+           uintptr_t step, uintptr_t stream) {
+  for (const auto& [array, name] : {std::pair{&tokens, "tokens"}, {&num_tokens, "num_tokens"}}) {
+    check_place(*array, name, runtime.device());
+    check_dtype(array->view(), name, DType::kInt32);
+    check_shape(array->view(), name, {-1});
+    check_contiguous(array->view(), name);
+  }
+  check_shape(num_tokens.view(), "num_tokens", {1});
+  py::gil_scoped_release release;
+  runtime.begin(tokens->as<int32_t>(), num_tokens->as<int32_t>(), tokens->shape[0], stream_of(step),
+                stream_of(stream));
+}
+
+}  // namespace
+
+void bind_graph_runtime(py::module_& module) {
+  py::class_<GraphRuntime, std::shared_ptr<GraphRuntime>>(module, "GraphRuntime")
+      .def(py::init([](const std::vector<PyTable>& tables, const std::string& device,
+                       int64_t cache_bytes, int64_t ring_bytes, bool in_place, int fetch_blocks) {
+             std::vector<Table> sources = runtime_tables(tables);
+             py::gil_scoped_release release;
+             return std::make_shared<GraphRuntime>(std::move(sources), make_device(device),
+                                                   GraphOptions{.cache_bytes = cache_bytes,
+                                                                .ring_bytes = ring_bytes,
+                                                                .in_place = in_place,
+                                                                .fetch_blocks = fetch_blocks});
+           }),
+           py::arg("tables"), py::arg("device"), py::kw_only(), py::arg("cache_bytes"),
+           py::arg("ring_bytes"), py::arg("in_place"), py::arg("fetch_blocks"))
+      .def("begin", begin, py::arg("tokens"), py::arg("num_tokens"), py::arg("step"),
+           py::arg("stream"))
+      .def(
+          "wait",
+          [](GraphRuntime& self, int64_t layer, uintptr_t step, uintptr_t stream) {
+            self.wait(layer, stream_of(step), stream_of(stream));
+          },
+          py::arg("layer"), py::arg("step"), py::arg("stream"))
+      .def(
+          "end",
+          [](GraphRuntime& self, uintptr_t step, uintptr_t stream) {
+            self.end(stream_of(step), stream_of(stream));
+          },
+          py::arg("step"), py::arg("stream"))
+      .def(
+          "directory",
+          [](const GraphRuntime& self, int64_t layer) {
+            return buffer_capsule(self.directory(layer), self.device(), kInt64,
+                                  {1, self.vocab_size()});
+          },
+          py::arg("layer"))
+      .def("counters",
+           [](const GraphRuntime& self) {
+             return buffer_capsule(self.counters(), self.device(), kInt64, {self.num_layers(), 4});
+           })
+      .def("placement", [](const GraphRuntime& self) {
+        py::list layers;
+        for (const GraphRuntime::LayerPlacement& layer : self.placement()) {
+          py::dict facts;
+          facts["table_bytes"] = layer.table_bytes;
+          facts["in_place"] = layer.in_place;
+          facts["hot_tokens"] = layer.hot_tokens;
+          facts["hot_bytes"] = layer.hot_bytes;
+          facts["ring_bytes"] = layer.ring_bytes;
+          layers.append(std::move(facts));
+        }
+        return layers;
+      });
+}
+
+}  // namespace l3ext::python

@@ -1,0 +1,52 @@
+"""The benchmark of decode steps in graphs, small and on the CPU: it compares what is the same."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "compare_graph_steps.py"
+SMALL = "--device cpu --batch 1 5 --before 1 2 --hot 0 0.3 --layers 2 --vocab 50 --d-in 32 --d-emb 16 --runs 3 --budget 0.1"  # noqa: E501
+
+
+@pytest.fixture
+def program():
+    spec = importlib.util.spec_from_file_location("compare_graph_steps", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_line_has_its_figures(program, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["", *SMALL.split(), "--output", str(path)])
+    program.main()
+    result = json.loads(path.read_text())
+    assert result["settings"]["vocab"] == "50"
+    assert "commit" in result["machine"]
+    assert [(line["before"], line["hot"], line["batch"]) for line in result["lines"]] == [
+        (before, hot, batch) for before in (1, 2) for hot in (0.0, 0.3) for batch in (1, 5)
+    ]
+    for line in result["lines"]:
+        step = {name: row.get("a_step") for name, row in line["results"].items()}
+        assert step["resident"] is None
+        fetched, left = step["offloaded"], step["read in host memory"]
+        assert 0 < fetched["fetched"] + fetched["resident"] <= line["batch"]
+        assert fetched["left"] == left["fetched"] == left["fetched_bytes"] == 0
+        assert left["left"] == fetched["fetched"]
+        assert fetched["resident"] == 0 or line["hot"] > 0
+        for row in line["results"].values():
+            assert row["p10"] <= row["median"] <= row["p90"]
+    assert capsys.readouterr().out.count("exposed") == 2 * len(result["lines"])
+
+
+def test_other_bits_are_an_error(program, monkeypatch):
+    from l3ext.graph_runtime import GraphRows
+
+    attend = GraphRows.attend
+    monkeypatch.setattr(GraphRows, "attend", lambda self, x: -attend(self, x))
+    monkeypatch.setattr(sys, "argv", ["", *SMALL.split(), "--dtype", "float32"])
+    with pytest.raises(RuntimeError, match="expected the bits of the resident table"):
+        program.main()
