@@ -1,6 +1,6 @@
 """LZW counter against the plain Python listing, on one text file, in one run.
 
-    python benchmarks/compare_lzw.py corpus.txt --tokenizer tokenizer.json --threads 1 2 --json out.json
+    python benchmarks/compare_lzw.py text.txt --tokenizer t.json --threads 1 2 --json out.json
 
 Trains a byte-level BPE on the file where the tokenizer file does not exist yet. A line is a
 document. Both sides count the same tokens and must end with the same dictionary. Numbers of threads

@@ -29,7 +29,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How a corpus is counted: exactly, unless in shards or with a bound; threads change nothing."""
+    """How a corpus is counted: exactly, unless in shards or bounded; threads change nothing."""
 
     parse: str
     shards: int | None
