@@ -46,7 +46,9 @@ class Wanted {
     for (; lines > 0 && range_ != end_; --lines) {
       __builtin_prefetch(line_, 0, 2);
       line_ += 64;
-      if (line_ >= range_->end && ++range_ != end_) line_ = range_->begin;
+      if (line_ < range_->end) continue;
+      ++range_;
+      if (range_ != end_) line_ = range_->begin;
     }
   }
 
