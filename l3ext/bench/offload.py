@@ -17,6 +17,7 @@ import l3ext
 from l3ext.bench import machine, timing
 from l3ext.bench.workload import Workload
 from l3ext.models import L3LlamaConfig, L3LlamaForCausalLM
+from l3ext.models.prefill import CACHE_NAME
 from l3ext.tables import LookupTable, save_tables
 
 TIERS = ("ram", "disk")
@@ -173,8 +174,8 @@ class _Bench:
         def step(run: int) -> None:
             nonlocal cache
             with torch.no_grad():
-                output = self.model(steps[run], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+                output = self.model(steps[run], use_cache=True, **{CACHE_NAME: cache})
+            cache = getattr(output, CACHE_NAME)
             logits.add(run, name, output.logits)
 
         def prepared(run: int) -> Callable[[], None]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, LlamaModel
+
+_CACHE_NAMES = ("cache", "past_key_values")
+#: What transformers' decoders call their cache of keys and values, as an argument and in what they
+#: return: renamed within version 5; the old name is taken for a while.
+CACHE_NAME = next(
+    name for name in _CACHE_NAMES if name in inspect.signature(LlamaModel.forward).parameters
+)
 
 # What says how to run, not what to compute, or is cut along with the ids.
-_CUT_ALONG = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+_CUT_ALONG = ("attention_mask", "position_ids", *_CACHE_NAMES, "inputs_embeds", "use_cache")
 _OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
@@ -27,7 +35,9 @@ def chunk_length(runtime: Any, config: Any, token_ids: Tensor, kwargs: dict[str,
     if token_ids.dim() != 2 or not 0 < limit < token_ids.numel():
         return 0
     batch, length = token_ids.shape
-    cache = kwargs.get("past_key_values")
+    if all(kwargs.get(name) is not None for name in _CACHE_NAMES):
+        return 0  # transformers says what is wrong with that
+    cache = _cache_of(kwargs)
     use_cache = kwargs.get("use_cache")
     keeps = config.use_cache if use_cache is None else use_cache
     if not keeps or not (cache is None or isinstance(cache, Cache)):
@@ -72,7 +82,8 @@ def run_in_chunks(
     Returns:
         The last chunk's output, with the hidden states of all.
     """
-    cache = kwargs.get("past_key_values")
+    cache = _cache_of(kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES}
     past = 0 if cache is None else cache.get_seq_length()
     length = token_ids.shape[1]
     starts = range(0, length, chunk)
@@ -86,13 +97,19 @@ def run_in_chunks(
                 following = steps.enter_context(runtime.begin(token_ids[:, end : end + chunk]))
             part = _part(kwargs, start, end, past)
             ids = None if input_ids is None else input_ids[:, start:end]
-            output = run(ids, l3_step=step, **part | {"past_key_values": cache})
+            output = run(ids, l3_step=step, **part | {CACHE_NAME: cache})
             step.end()
-            cache = output.past_key_values
+            cache = getattr(output, CACHE_NAME)
             hidden.append(output.last_hidden_state)
             step = following
     output.last_hidden_state = torch.cat(hidden, dim=1)
     return output
+
+
+def _cache_of(kwargs: dict[str, Any]) -> Any:
+    """The cache that a call came with, under either name, or None."""
+    given = (kwargs.get(name) for name in _CACHE_NAMES)
+    return next((cache for cache in given if cache is not None), None)
 
 
 def _part(kwargs: dict[str, Any], start: int, end: int, past: int) -> dict[str, Any]:

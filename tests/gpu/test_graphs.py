@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 import l3ext
 from l3ext import GraphRuntime, LookupTable
+from l3ext.models.prefill import CACHE_NAME
 from tests.gpu import steps
 from tests.gpu.test_models import VOCAB, make_model, random_ids
 
@@ -200,10 +201,10 @@ def test_a_step_waits_for_nothing(device):
 def decode(model, device, prompt, count):
     """Logits of ``count`` steps after a prompt, each step a replay, over a static cache."""
     cache = StaticCache(config=model.config, max_cache_len=32)
-    ids = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+    ids = model(prompt, **{CACHE_NAME: cache}).logits[:, -1:].argmax(-1)
 
     def run():
-        return model(ids, past_key_values=cache).logits[:, -1:]
+        return model(ids, **{CACHE_NAME: cache}).logits[:, -1:]
 
     def undo():
         for layer in cache.layers:

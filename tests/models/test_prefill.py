@@ -9,6 +9,7 @@ import torch
 from transformers import StaticCache
 
 import l3ext
+from l3ext.models.prefill import CACHE_NAME
 from l3ext.runtime import PrefetchRuntime
 from l3ext.tables import LookupTable
 from tests.runtime.test_offload import VOCAB, make_model
@@ -39,6 +40,10 @@ def offloaded(tmp_path):
         runtime.close()
 
 
+def cache_of(output):
+    return getattr(output, CACHE_NAME)
+
+
 def close(a, b):
     # Products of other shapes sum in another order; nothing else differs.
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -53,13 +58,13 @@ def test_the_same_logits_and_cache_in_chunks(offloaded, batch, chunk, ring_bytes
     expected, got = whole(ids), model(ids)
     close(got.logits, expected.logits)
     assert got.logits.shape == expected.logits.shape
-    assert got.past_key_values.get_seq_length() == LENGTH
+    assert cache_of(got).get_seq_length() == LENGTH
     each = max(1, chunk // batch)
     assert runtime.ledger.totals.steps == -(-LENGTH // each)
     more = prompts(batch, 1, seed=4)
     close(
-        model(more, past_key_values=got.past_key_values).logits,
-        whole(more, past_key_values=expected.past_key_values).logits,
+        model(more, **{CACHE_NAME: cache_of(got)}).logits,
+        whole(more, **{CACHE_NAME: cache_of(expected)}).logits,
     )
 
 
@@ -87,7 +92,8 @@ def test_left_padding_and_several_lengths(offloaded):
     close(got[mask.bool()], expected[mask.bool()])
 
 
-def test_positions_and_a_cache_with_something_in_it(offloaded):
+@pytest.mark.parametrize("name", sorted({CACHE_NAME, "past_key_values"}))  # the old one as well
+def test_positions_and_a_cache_with_something_in_it(offloaded, name):
     model, runtime = offloaded(9)
     whole = make_model()
     ids = prompts(2)
@@ -100,9 +106,9 @@ def test_positions_and_a_cache_with_something_in_it(offloaded):
             place = positions[:, i * 20 : (i + 1) * 20]
             mask = torch.ones(2, (i + 1) * 20, dtype=torch.int64)
             output = each(
-                half, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True
+                half, attention_mask=mask, position_ids=place, use_cache=True, **{name: cache}
             )
-            cache = output.past_key_values
+            cache = cache_of(output)
         results.append(output.logits)
     close(*results)
     assert runtime.ledger.totals.steps == 10
@@ -124,7 +130,7 @@ def test_a_static_cache(offloaded):
     model, runtime = offloaded(10)
     whole, ids = make_model(), prompts()
     outputs = [
-        each(ids, past_key_values=StaticCache(each.config, max_cache_len=64))
+        each(ids, **{CACHE_NAME: StaticCache(each.config, max_cache_len=64)})
         for each in (whole, model)
     ]
     close(outputs[1].logits, outputs[0].logits)
