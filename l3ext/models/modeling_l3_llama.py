@@ -60,7 +60,8 @@ class L3LlamaPreTrainedModel(LlamaPreTrainedModel):
             if module.table is not None:
                 init.normal_(module.table, mean=0.0, std=self.config.initializer_range)
             init.copy_(module.offsets, torch.tensor(module.allocation.offsets))
-        elif isinstance(module, L3LlamaModel):
+        elif isinstance(module, L3LlamaModel) and hasattr(module, _ROWS):
+            # Some versions (5.3 is one) initialise in Llama's constructor, before we have buffers.
             module._fill_allocation()
 
     @classmethod
