@@ -185,9 +185,16 @@ def test_a_process_that_cannot_write_its_counter_says_why(temporary, processes):
     assert_nothing_left(temporary, processes, 2)
 
 
-def test_a_process_that_cannot_start(temporary, processes, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match=r"shard [01] of 2: its process ended with status 1$"):
+def test_a_process_that_cannot_start(temporary, processes, monkeypatch, tmp_path_factory):
+    # The first one alone: of two, either might be found first.
+    python = tmp_path_factory.mktemp("executable") / "python"
+    python.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"
+        f'case "$last" in */0) exit 1;; esac\nexec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(RuntimeError, match=r"shard 0 of 2: its process ended with status 1$"):
         count_shards_in_processes(chunks_of([[1] * 10] * 1000), 50, shards=2)
     assert_nothing_left(temporary, processes, 2)
 
