@@ -52,8 +52,10 @@ class Forward {
                          const int64_t begin = schedule.tasks[task], end = schedule.tasks[task + 1];
                          const Unit* after = next < 0 ? nullptr : unit(schedule.tasks[next]);
                          std::vector<Wanted::Range>& ranges = thread_ranges();
-                         for (int64_t i = begin + 1; i < end; ++i) want_rows(*unit(i), ranges);
-                         if (after != nullptr) want_queries(*after, ranges);
+                         if (kernels_.asks_for_wanted) {
+                           for (int64_t i = begin + 1; i < end; ++i) want_rows(*unit(i), ranges);
+                           if (after != nullptr) want_queries(*after, ranges);
+                         }
                          Wanted wanted(ranges.data(), ranges.data() + ranges.size());
                          for (int64_t i = begin; i < end; ++i) {
                            run_unit(*unit(i), i + 1 < end ? unit(i + 1) : after, wanted);
