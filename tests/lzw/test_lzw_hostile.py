@@ -326,11 +326,17 @@ def test_ctrl_c_leaves_the_counter_unchanged(parse):
     generator = np.random.default_rng(1)
     tokens = generator.integers(0, 50, 12_000_000).astype(np.int32)
     offsets = np.arange(0, tokens.size + 1, 1000)
-    counter = counted(zipf_documents(1), 50, parse)
-    before = state(counter)
-    started = time.perf_counter()
-    assert interrupt_after(0.05, lambda: counter.update(tokens, offsets))
-    assert time.perf_counter() - started < 2
+    before = state(counted(zipf_documents(1), 50, parse))
+    for seconds in (0.05, 0.02, 0.005):  # a fast machine is through before the first
+        counter = counted(zipf_documents(1), 50, parse)
+        started = time.perf_counter()
+        interrupted = interrupt_after(seconds, lambda: counter.update(tokens, offsets))  # noqa: B023
+        assert time.perf_counter() - started < 2
+        # The signal may come between the update and the return to Python.
+        if interrupted and counter.num_tokens < tokens.size:
+            break
+    else:
+        pytest.fail("each update was through before its signal")
     assert state(counter) == before
     part = slice(0, 100_001)
     counter.update(tokens[part], [0, 100_001])
