@@ -83,7 +83,8 @@ def test_ctrl_c_in_several_threads_leaves_the_counter_unchanged(parse):
         stopped = copy.deepcopy(counter)
         started = time.perf_counter()
         interrupted = interrupt_after(
-            seconds, lambda: stopped.update(tokens, offsets, threads=2)  # noqa: B023
+            seconds,
+            lambda: stopped.update(tokens, offsets, threads=2),  # noqa: B023
         )
         assert time.perf_counter() - started < 3
         # The signal may come between the update and the return to Python.
