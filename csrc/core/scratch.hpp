@@ -8,6 +8,8 @@
 #include <memory>
 #include <new>
 
+#include "core/huge_pages.hpp"
+
 namespace l3ext {
 
 // Carves aligned arrays out of one block. Sizes come from the same code that carves: run it once
@@ -32,22 +34,38 @@ class Carver {
   size_t used_ = 0;
 };
 
-// The calling thread's block, at least `bytes` long; valid until its next call in this thread.
-inline std::byte* thread_scratch(size_t bytes) {
+// A block that grows and is kept; what it held is lost when it grows.
+class Scratch {
+ public:
+  // At least `bytes` long; valid until the next call.
+  std::byte* get(size_t bytes) {
+    if (bytes > capacity_) {
+      bytes = (bytes + 4095) / 4096 * 4096;
+      release();
+      block_.reset(static_cast<std::byte*>(std::aligned_alloc(4096, bytes)));
+      if (!block_) throw std::bad_alloc();
+      capacity_ = bytes;
+      advise_huge_pages(block_.get(), bytes);
+    }
+    return block_.get();
+  }
+  void release() {
+    block_.reset();
+    capacity_ = 0;
+  }
+
+ private:
   struct Free {
     void operator()(std::byte* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<std::byte, Free> block;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    bytes = (bytes + 4095) / 4096 * 4096;
-    block.reset();
-    capacity = 0;
-    block.reset(static_cast<std::byte*>(std::aligned_alloc(4096, bytes)));
-    if (!block) throw std::bad_alloc();
-    capacity = bytes;
-  }
-  return block.get();
+  std::unique_ptr<std::byte, Free> block_;
+  size_t capacity_ = 0;
+};
+
+// The calling thread's block, valid until its next call in this thread.
+inline std::byte* thread_scratch(size_t bytes) {
+  thread_local Scratch scratch;
+  return scratch.get(bytes);
 }
 
 }  // namespace l3ext

@@ -100,6 +100,45 @@ void forward_matches_float64_for_any_thread_count() {
   }
 }
 
+// Threads share a segment of many rows. Some have a score of -infinity, and one has a score that is
+// much larger than all others.
+void shared_rows_make_one_softmax() {
+  for (const int64_t rows : {63, 64, 65, 128, 200, 1000}) {
+    for (const int64_t tokens : {1, 3, 20}) {
+      Step step({rows, rows / 2}, tokens, 16, 9);
+      for (float& value : step.x) value = std::abs(value);
+      const int64_t width = step.d_in + step.d_emb;
+      std::vector<float> first;
+      for (int64_t r = 0; r < rows; ++r) {
+        float* key = step.table.data() + r * width;
+        if (r < 64 && rows > 64) std::fill_n(key, step.d_in, -INFINITY);
+        if (r == rows - 1) std::fill_n(key, step.d_in, 2.0f);
+      }
+      const std::vector<double> expected = step.reference();
+      for (const int threads : {1, 2, 5}) {
+        std::fill(step.y.begin(), step.y.end(), NAN);
+        l3ext::segmented_attention(step.forward(threads));
+        for (size_t i = 0; i < expected.size(); ++i) {
+          EXPECT(std::abs(step.y[i] - expected[i]) < 1e-5);
+        }
+        if (first.empty()) first = step.y;
+        EXPECT(std::memcmp(first.data(), step.y.data(), first.size() * sizeof(float)) == 0);
+      }
+    }
+  }
+}
+
+void a_query_without_any_weight_is_nan() {
+  Step step({200}, 2, 16, 9);
+  std::fill(step.x.begin(), step.x.end(), 1.0f);
+  const int64_t width = step.d_in + step.d_emb;
+  for (int64_t r = 0; r < 200; ++r) {
+    std::fill_n(step.table.data() + r * width, step.d_in, -INFINITY);
+  }
+  l3ext::segmented_attention(step.forward(2));
+  for (const float value : step.y) EXPECT(std::isnan(value));
+}
+
 // The gradient of the sum of the outputs.
 struct Gradients {
   std::vector<float> dy, dx, dtable;
@@ -268,9 +307,9 @@ void units_of_few_queries_ride_along() {
   }
 }
 
-// Riders are dealt out by the products that they ride along with.
+// Riders are dealt out by the products beyond those that their host's own rows need time for.
 void riders_are_shared_out_by_products() {
-  std::vector<std::pair<int64_t, int64_t>> sizes = {{30, 100}, {10, 100}};
+  std::vector<std::pair<int64_t, int64_t>> sizes = {{36, 100}, {16, 100}};
   sizes.resize(42, {1, 10});
   const auto schedule = l3ext::cpu::make_schedule(units_of(sizes), 6, 1000);
   EXPECT((schedule.tasks == std::vector<int64_t>{0, 31, 42}));
@@ -289,6 +328,8 @@ void a_plan_that_does_not_fit_writes_nothing() {
 
 int main() {
   RUN(forward_matches_float64_for_any_thread_count);
+  RUN(shared_rows_make_one_softmax);
+  RUN(a_query_without_any_weight_is_nan);
   RUN(backward_writes_every_row_and_the_weights_sum_to_one);
   RUN(packed_gradient_rows_are_those_of_the_table);
   RUN(rows_behind_addresses_are_those_of_the_table);

@@ -106,13 +106,15 @@ struct Shape {
 // All edges of blocks and vectors with short depths, and few of them with a long one.
 std::vector<Shape> shapes() {
   std::vector<Shape> all;
-  for (const int64_t rows : {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40}) {
-    for (const int64_t queries : {1, 2, 6, 7, 8, 9, 16, 17, 31, 32, 33, 48, 49, 64, 65}) {
+  for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40}) {
+    for (const int64_t queries :
+         {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 64, 65}) {
       for (const int64_t depth : {1, 7, 31, 32, 33, 64, 100}) all.push_back({rows, queries, depth});
     }
   }
   for (const int64_t rows : {1, 17, 40, 131}) {
-    for (const int64_t queries : {1, 5, 17, 65, 97, 128}) all.push_back({rows, queries, 1024});
+    for (const int64_t queries : {1, 5, 11, 17, 30, 65, 97, 128})
+      all.push_back({rows, queries, 1024});
   }
   return all;
 }
@@ -286,7 +288,7 @@ void rows_arrive_past_caches() {
 void what_is_wanted_ends() {
   using l3ext::cpu::Wanted;
   alignas(64) static std::byte memory[640];
-  const Wanted::Range ranges[] = {
+  const l3ext::cpu::MemoryRange ranges[] = {
       {memory, memory + 1}, {memory + 64, memory + 64}, {memory, memory + 640}};
   for (const size_t count : {size_t{0}, size_t{1}, std::size(ranges)}) {
     Wanted wanted(ranges, ranges + count);

@@ -4,12 +4,13 @@
 // slices of its rows are summed over the queries, in order, each by one thread.
 #include <algorithm>
 #include <cstddef>
-#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
 
+#include "attention/cpu/ahead.hpp"
 #include "attention/cpu/row_kernels.hpp"
+#include "attention/cpu/run_units.hpp"
 #include "attention/cpu/schedule.hpp"
 #include "attention/segmented_attention.hpp"
 #include "core/error.hpp"
@@ -51,16 +52,37 @@ class Backward {
         shared.emplace_back(units.data() + begin, end - begin);
       }
     }
-    run_whole(whole);
-    // Segments until the workspace is full; one larger than it has it alone.
-    constexpr size_t kWorkspaceBytes = size_t{64} << 20;
-    for (size_t begin = 0, end = 0; begin < shared.size(); begin = end) {
+    // Segments until the workspace is full; one larger than it has it alone. Whole units run beside
+    // the first of them.
+    size_t begin = 0;
+    do {
       Carver sizes;
-      do {
+      size_t end = begin;
+      while (end < shared.size() && (end == begin || sizes.bytes() < kWorkspaceBytes)) {
         for (const Unit& unit : shared[end]) carve(sizes, unit);
         ++end;
-      } while (end < shared.size() && sizes.bytes() < kWorkspaceBytes);
-      run_shared({shared.begin() + begin, shared.begin() + end}, sizes.bytes());
+      }
+      run_group(whole, {shared.begin() + begin, shared.begin() + end}, sizes.bytes());
+      whole.clear();
+      begin = end;
+      if (sizes.bytes() > 2 * kWorkspaceBytes) workspace().release();
+    } while (begin < shared.size());
+  }
+
+  // What run_units() asks for.
+  int64_t d_in() const { return p_.d_in; }
+  int64_t d_emb() const { return p_.d_emb; }
+  RowBlock<T> keys(const Unit& unit) const {
+    return {at(p_.keys, unit.row_begin), p_.keys.stride, unit.rows()};
+  }
+  RowBlock<T> values(const Unit& unit) const {
+    return {at(p_.values, unit.row_begin), p_.values.stride, unit.rows()};
+  }
+  void wish_for_queries(const Unit& unit, WishList& wishes) const {
+    for (int64_t q = unit.query_begin; q < unit.query_end; ++q) {
+      const int64_t position = p_.plan.permutation[q];
+      wishes.add(range_of(RowBlock<T>{at(p_.dy, position), p_.d_emb, 1}, p_.d_emb));
+      wishes.add(range_of(RowBlock<T>{at(p_.x, position), p_.d_in, 1}, p_.d_in));
     }
   }
 
@@ -136,32 +158,19 @@ class Backward {
                  [&](int64_t i) { zero_rows(gaps[i].first, gaps[i].second); });
   }
 
-  void run_whole(const std::vector<Unit>& units) const {
-    const std::vector<int32_t> order = longest_first(units);
-    parallel_for(p_.num_threads, static_cast<int64_t>(order.size()), [&](int64_t i) {
-      const Unit& unit = units[order[i]];
-      Carver sizes;
-      carve(sizes, unit), carve_work(sizes, unit.queries());
-      Carver carver(thread_scratch(sizes.bytes()));
-      const Saved saved = carve(carver, unit);
-      const Work work = carve_work(carver, unit.queries());
-      query_gradients(unit, saved, work);
-      if (wants_rows()) row_gradients(unit, {&saved, 1}, 0, unit.rows(), work.sums);
-    });
+  // What shared segments need, kept between calls: fresh memory would cost a tenth of a step.
+  static constexpr size_t kWorkspaceBytes = size_t{64} << 20;
+  static Scratch& workspace() {
+    thread_local Scratch scratch;
+    return scratch;
   }
 
-  void run_shared(const std::vector<std::span<const Unit>>& segments, size_t bytes) {
-    if (workspace_bytes_ < bytes) {  // kept for the next group
-      workspace_.reset(new std::byte[bytes + Carver::kAlignment]);
-      workspace_bytes_ = bytes;
-      advise_huge_pages(workspace_.get(), bytes);
-    }
-    void* aligned = workspace_.get();
-    size_t space = bytes + Carver::kAlignment;
-    std::align(Carver::kAlignment, bytes, aligned, space);
-    Carver carver(static_cast<std::byte*>(aligned));
+  // All of the whole units, and all units of some shared segments, which need `bytes` of workspace.
+  void run_group(const std::vector<Unit>& whole, const std::vector<std::span<const Unit>>& segments,
+                 size_t bytes) {
+    Carver carver(bytes == 0 ? nullptr : workspace().get(bytes));
 
-    std::vector<Unit> units;
+    std::vector<Unit> units = whole;
     std::vector<Saved> saved;
     struct Slice {
       std::span<const Saved> of;
@@ -184,23 +193,34 @@ class Backward {
       }
       first += segment.size();
     }
-    parallel_for(p_.num_threads, static_cast<int64_t>(units.size()), [&](int64_t i) {
+    run_units(p_.num_threads, kernels_, *this, units, [&](int64_t i, int64_t, Wanted& wanted) {
+      const Unit& unit = units[i];
+      const bool is_whole = i < std::ssize(whole);
       Carver sizes;
-      carve_work(sizes, units[i].queries());
+      if (is_whole) carve(sizes, unit);
+      carve_work(sizes, unit.queries());
       Carver scratch(thread_scratch(sizes.bytes()));
-      query_gradients(units[i], saved[i], carve_work(scratch, units[i].queries()));
+      const Saved of = is_whole ? carve(scratch, unit) : saved[i - whole.size()];
+      const Work work = carve_work(scratch, unit.queries());
+      query_gradients(unit, of, work, wanted);
+      if (is_whole && wants_rows()) {
+        row_gradients(unit, {&of, 1}, 0, unit.rows(), work.sums, wanted);
+      }
     });
     parallel_for(p_.num_threads, static_cast<int64_t>(slices.size()), [&](int64_t i) {
       Carver sizes;
       carve_work(sizes, 0);
       Carver scratch(thread_scratch(sizes.bytes()));
       const Slice& slice = slices[i];
-      row_gradients(*slice.segment, slice.of, slice.begin, slice.end, carve_work(scratch, 0).sums);
+      Wanted nothing(nullptr, nullptr);
+      row_gradients(*slice.segment, slice.of, slice.begin, slice.end, carve_work(scratch, 0).sums,
+                    nothing);
     });
   }
 
   // dx of the unit's queries, and what the gradients of its rows need.
-  void query_gradients(const Unit& unit, const Saved& saved, const Work& work) const {
+  void query_gradients(const Unit& unit, const Saved& saved, const Work& work,
+                       Wanted& wanted) const {
     const int64_t rows = unit.rows(), queries = unit.queries();
     const int32_t* positions = p_.plan.permutation + unit.query_begin;
     for (int64_t q = 0; q < queries; ++q) {
@@ -216,10 +236,7 @@ class Backward {
     for (int64_t q = 0; q < queries; ++q) {
       std::copy_n(at(p_.x, positions[q]), p_.d_in, saved.x + q * p_.d_in);
     }
-    const auto block = [&](const Rows& of) {
-      return RowBlock<T>{at(of, unit.row_begin), of.stride, rows};
-    };
-    const RowBlock<T> keys = block(p_.keys), values = block(p_.values);
+    const RowBlock<T> keys = this->keys(unit), values = this->values(unit);
     const Acc scale = static_cast<Acc>(p_.scale);
     const auto score = [&](const T* of, int64_t depth, const RowBlock<T>& block, Acc factor,
                            const Ahead<T>& ahead, Acc* scores) {
@@ -227,13 +244,13 @@ class Backward {
       kernels_.pack(work.queries, queries, depth, work.packed);
       kernels_.scores(block, work.packed, queries, depth, factor, ahead, scores);
     };
-    score(saved.x, p_.d_in, keys, scale, {values}, saved.p);
+    score(saved.x, p_.d_in, keys, scale, {values, &wanted}, saved.p);
     kernels_.exponentials(saved.p, rows, queries, work.softmax_sums);
-    score(saved.dy, p_.d_emb, values, Acc{1}, {keys}, saved.ds);
+    score(saved.dy, p_.d_emb, values, Acc{1}, {keys, &wanted}, saved.ds);
     kernels_.softmax_backward(saved.p, work.softmax_sums, saved.ds, rows, queries, scale);
     if (!wants_dx()) return;
-    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, {}, /*add=*/false,
-                        work.sums, stride_);
+    kernels_.accumulate(keys, saved.ds, 1, saved.padded, queries, p_.d_in, {{}, &wanted},
+                        /*add=*/false, work.sums, stride_);
     for (int64_t q = 0; q < queries; ++q) {
       kernels_.store(work.sums + q * stride_, Acc{1}, at(p_.dx, positions[q]), p_.d_in);
     }
@@ -241,7 +258,7 @@ class Backward {
 
   // Gradients of the rows [begin, end) of a segment whose queries are those of `parts`, in order.
   void row_gradients(const Unit& segment, std::span<const Saved> parts, int64_t begin, int64_t end,
-                     Acc* sums) const {
+                     Acc* sums, Wanted& wanted) const {
     const int64_t first =
         p_.segment_gradients == nullptr ? segment.row_begin : p_.segment_gradients[segment.segment];
     for (int64_t r = begin; r < end; r += kRowSlice) {
@@ -253,8 +270,8 @@ class Backward {
       const auto sum = [&](auto weights, auto queries, int64_t columns, bool add) {
         for (const Saved& part : parts) {
           kernels_.accumulate({queries(part), columns, part.queries},
-                              weights(part) + r * part.padded, part.padded, 1, count, columns, {},
-                              add || &part != parts.data(), sums, stride_);
+                              weights(part) + r * part.padded, part.padded, 1, count, columns,
+                              {{}, &wanted}, add || &part != parts.data(), sums, stride_);
         }
       };
       if (segment.rows() > 1) {
@@ -283,15 +300,13 @@ class Backward {
   }
 
   // Rows whose gradients are summed at once: they and their queries stay in the second-level cache.
-  static constexpr int64_t kRowSlice = 32;
+  static constexpr int64_t kRowSlice = 64;
 
   const SegmentedAttentionBackwardParams& p_;
   const RowKernels<T>& kernels_;
   const int64_t stride_ = spread<Acc>(std::max(p_.d_in, p_.d_emb));
   const std::vector<Acc> zeros_ = std::vector<Acc>(static_cast<size_t>(stride_));
   bool past_caches_ = false;
-  std::unique_ptr<std::byte[]> workspace_;
-  size_t workspace_bytes_ = 0;
 };
 
 }  // namespace

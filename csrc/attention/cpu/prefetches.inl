@@ -6,7 +6,7 @@ struct Prefetches {
   Wanted* wanted = nullptr;
 
   // For each line of the rows. About what memory can bring meanwhile.
-  static constexpr int kWantedLines = 4;
+  static constexpr int kWantedLines = 6;
 
   // Inlined, or every register of sums would be saved around it.
   [[gnu::always_inline]] void ask(int64_t row, int64_t count, int64_t column) const {

@@ -26,16 +26,16 @@ struct RowBlock {
   RowBlock part(int64_t begin, int64_t end) const { return {row(begin), stride, end - begin}; }
 };
 
+struct MemoryRange {
+  const std::byte* begin = nullptr;
+  const std::byte* end = nullptr;
+};
+
 // Memory that the thread reads later, in the order in which it does. Products of many queries leave
 // memory idle: they ask for it, some lines at a time.
 class Wanted {
  public:
-  struct Range {
-    const std::byte* begin;
-    const std::byte* end;
-  };
-
-  Wanted(const Range* ranges, const Range* end)
+  Wanted(const MemoryRange* ranges, const MemoryRange* end)
       : range_(ranges), end_(end), line_(ranges == end ? nullptr : ranges->begin) {}
 
   bool empty() const { return range_ == end_; }
@@ -53,8 +53,8 @@ class Wanted {
   }
 
  private:
-  const Range* range_;
-  const Range* end_;
+  const MemoryRange* range_;
+  const MemoryRange* end_;
   const std::byte* line_;
 };
 

@@ -1,7 +1,6 @@
 // A product of blocks with AVX512-BF16: vdpbf16ps adds two products to each of 16 lanes.
 #define L3EXT_ISA avx512_bf16
 #include <cstring>
-#include <type_traits>
 
 #include "attention/cpu/bf16_instructions.hpp"
 #include "attention/cpu/row_kernels.hpp"
@@ -12,10 +11,12 @@ namespace {
 #include "attention/cpu/prefetches.inl"
 
 // kRows x 16 kVectors sums in registers: each broadcast pair of a row meets kVectors of `b`.
+constexpr int kMostRows = 8;
+
 template <int kRows, int kVectors>
-inline void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefetches,
-                          int64_t first_row, const float* b, int64_t b_stride, int64_t depth,
-                          bool add, float* sums, int64_t sums_stride) {
+void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefetches,
+                   int64_t first_row, const float* b, int64_t b_stride, int64_t depth, bool add,
+                   float* sums, int64_t sums_stride) {
   __m512 total[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -58,23 +59,26 @@ inline void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches&
 // See row_kernels_bf16.inl.
 class BlockProduct {
  public:
+  static constexpr int64_t kQueries = 32;      // that all lanes of a block take
+  static constexpr int64_t kPairQueries = 31;  // up to so many beside them meet rows in pairs
+
   void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const Prefetches& prefetches,
                   const float* b, int64_t b_stride, int64_t columns, int64_t depth, bool add,
                   float* sums, int64_t sums_stride) const {
-    int64_t r = 0;
-    const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
-      for (; r + kRows <= rows; r += kRows) {
-        const auto multiply = kRows <= 8 && columns == 32 ? multiply_rows < kRows < 8 ? kRows : 8,
-                   2 >                                    : multiply_rows<kRows, 1>;
-        multiply(a + r * a_stride, a_stride, prefetches, r, b, b_stride, depth, add,
-                 sums + r * sums_stride, sums_stride);
-      }
-    };
-    if (columns == 16) run(std::integral_constant<int, 16>{});
-    run(std::integral_constant<int, 8>{});
-    run(std::integral_constant<int, 4>{});
-    run(std::integral_constant<int, 2>{});
-    run(std::integral_constant<int, 1>{});
+    // In blocks that differ by at most a row: sums of one row alone would wait for each other.
+    static constexpr decltype(&multiply_rows<1, 1>) kMultiply[2][kMostRows] = {
+        {multiply_rows<1, 1>, multiply_rows<2, 1>, multiply_rows<3, 1>, multiply_rows<4, 1>,
+         multiply_rows<5, 1>, multiply_rows<6, 1>, multiply_rows<7, 1>, multiply_rows<8, 1>},
+        {multiply_rows<1, 2>, multiply_rows<2, 2>, multiply_rows<3, 2>, multiply_rows<4, 2>,
+         multiply_rows<5, 2>, multiply_rows<6, 2>, multiply_rows<7, 2>, multiply_rows<8, 2>}};
+    const int64_t blocks = (rows + kMostRows - 1) / kMostRows;
+    for (int64_t i = 0, begin = 0; i < blocks; ++i) {
+      const int64_t end = rows * (i + 1) / blocks;
+      kMultiply[columns / 32][end - begin - 1](a + begin * a_stride, a_stride, prefetches, begin, b,
+                                               b_stride, depth, add, sums + begin * sums_stride,
+                                               sums_stride);
+      begin = end;
+    }
   }
 };
 

@@ -43,8 +43,8 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// Up to so many queries, a product of pairs for each is less work than one for 16 lanes.
-constexpr int64_t kFewQueries = 8;
+// Up to so many queries, memory is what takes time.
+constexpr int64_t kFewQueries = 16;
 
 // --- blocks in registers ------------------------------------------------------------------------
 
@@ -81,23 +81,22 @@ inline __m512i load_elements(const BFloat16* from, int64_t count) {
   return _mm512_maskz_loadu_epi16(mask, from);
 }
 
-int64_t packed_elements(int64_t queries, int64_t depth) {
-  const int64_t columns = queries <= kFewQueries ? queries : round_up(queries, kWords);
-  return round_up(depth, kDepth) / 2 * columns;
+// Queries that meet rows in products of blocks, the lanes beside the last among them. The others,
+// the last ones, meet them in products of pairs.
+int64_t in_panels(int64_t queries) {
+  const int64_t rest = queries % BlockProduct::kQueries;
+  return rest <= BlockProduct::kPairQueries ? queries - rest : round_up(queries, kWords);
 }
 
-// Few queries: one after the other, up to a multiple of kDepth, with zeros. Many: packed[k / 2][q]
-// are elements k and k + 1 of query q, with zeros beside the queries and below `depth`.
+int64_t packed_elements(int64_t queries, int64_t depth) {
+  return round_up(depth, kDepth) / 2 *
+         (queries > in_panels(queries) ? queries : in_panels(queries));
+}
+
+// In panels: packed[k / 2][q] are elements k and k + 1 of query q, with zeros beside the queries
+// and below `depth`. The others one after the other, up to a multiple of kDepth, with zeros.
 void pack(const BFloat16* const* x, int64_t queries, int64_t depth, float* packed) {
-  if (queries <= kFewQueries) {
-    for (int64_t q = 0; q < queries; ++q) {
-      for (int64_t k = 0; k < depth; k += kDepth, packed += kWords) {
-        _mm512_storeu_si512(packed, load_elements(x[q] + k, depth - k));
-      }
-    }
-    return;
-  }
-  const int64_t stride = round_up(queries, kWords);
+  const int64_t stride = in_panels(queries);
   for (int64_t q = 0; q < stride; q += kWords) {
     for (int64_t k = 0; k < depth; k += kDepth) {
       U32 words[kWords];
@@ -111,37 +110,89 @@ void pack(const BFloat16* const* x, int64_t queries, int64_t depth, float* packe
       }
     }
   }
+  packed += round_up(depth, kDepth) / 2 * stride;
+  for (int64_t q = stride; q < queries; ++q) {
+    for (int64_t k = 0; k < depth; k += kDepth, packed += kWords) {
+      _mm512_storeu_si512(packed, load_elements(x[q] + k, depth - k));
+    }
+  }
 }
 
-// --- scores of few queries ----------------------------------------------------------------------
+// --- scores, a product of pairs for each
+// ----------------------------------------------------------
+
+// Sums across the lanes of each: those of sums[r][q] come to lane 4 r + q, zeros where there is no
+// q.
+template <int kQueries>
+inline __m512 sums_of_lanes(const __m512 (&sums)[4][kQueries]) {
+  __m512 quarters[4] = {};  // of query q: four sums for every row, a quarter of the lanes each
+  for (int q = 0; q < kQueries; ++q) {
+    const auto halves = [&](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const __m512 low = halves(sums[0][q], sums[1][q]), high = halves(sums[2][q], sums[3][q]);
+    quarters[q] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
+  const auto pairs = [&](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  };
+  const __m512 low = pairs(quarters[0], quarters[1]), high = pairs(quarters[2], quarters[3]);
+  return _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xdd));
+}
 
 // scores[r * ld + q] of kRows rows and kQueries queries, `packed` being `stride` apart. `after`:
-// rows that are read some time later.
+// rows that are read some time later, or null.
 template <int kRows, int kQueries>
-inline void few_scores(const RowBlock<BFloat16>& rows, const BFloat16* const* after,
-                       const float* packed, int64_t stride, int64_t depth, float scale,
-                       float* scores, int64_t ld) {
+inline void score_pairs(const RowBlock<BFloat16>& rows, const BFloat16* const* after,
+                        const float* packed, int64_t stride, int64_t depth, float scale,
+                        Wanted* wanted, float* scores, int64_t ld) {
   __m512 sums[kRows][kQueries];
-  for (auto& row : sums) {
-    for (__m512& sum : row) sum = _mm512_setzero_ps();
+  const BFloat16* row[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = rows.row(r);
+    for (__m512& sum : sums[r]) sum = _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    __m512i row[kRows];
+  const auto add = [&](int64_t k, auto load) {
+    __m512i elements[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      prefetch(after[r] + k);
-      row[r] = load_elements(rows.row(r) + k, depth - k);
-    }
+    for (int r = 0; r < kRows; ++r) elements[r] = load(row[r] + k);
 #pragma GCC unroll 4
     for (int q = 0; q < kQueries; ++q) {
       const __m512i query = _mm512_loadu_si512(packed + q * stride + k / 2);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sums[r][q] = add_dot_of_pairs(sums[r][q], row[r], query);
+      for (int r = 0; r < kRows; ++r) sums[r][q] = add_dot_of_pairs(sums[r][q], elements[r], query);
     }
+  };
+  int64_t k = 0;
+  const auto add_all = [&](auto ask) {
+    for (; k + kDepth <= depth; k += kDepth) {
+      ask();
+      add(k, [](const BFloat16* from) { return _mm512_loadu_si512(from); });
+    }
+  };
+  if (after != nullptr) {
+    add_all([&] {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) prefetch(after[r] + k);
+    });
+  } else if (wanted != nullptr) {
+    add_all([&] { wanted->ask(1); });
+  } else {
+    add_all([] {});
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int q = 0; q < kQueries; ++q) {
-      scores[r * ld + q] = scale * _mm512_reduce_add_ps(sums[r][q]);
+  if (k < depth) add(k, [&](const BFloat16* from) { return load_elements(from, depth - k); });
+  if constexpr (kRows == 4) {
+    const __m512 all = _mm512_mul_ps(sums_of_lanes(sums), _mm512_set1_ps(scale));
+    _mm_storeu_ps(scores, _mm512_castps512_ps128(all));
+    _mm_storeu_ps(scores + ld, _mm512_extractf32x4_ps(all, 1));
+    _mm_storeu_ps(scores + 2 * ld, _mm512_extractf32x4_ps(all, 2));
+    _mm_storeu_ps(scores + 3 * ld, _mm512_extractf32x4_ps(all, 3));
+  } else {
+    for (int r = 0; r < kRows; ++r) {
+      for (int q = 0; q < kQueries; ++q) {
+        scores[r * ld + q] = scale * _mm512_reduce_add_ps(sums[r][q]);
+      }
     }
   }
 }
@@ -149,73 +200,104 @@ inline void few_scores(const RowBlock<BFloat16>& rows, const BFloat16* const* af
 // How many rows ahead they are asked for: some 10 KiB.
 constexpr int64_t kRowsAhead = 4;
 
-void all_few_scores(const RowBlock<BFloat16>& rows, const float* packed, int64_t queries,
-                    int64_t depth, float scale, const Ahead<BFloat16>& ahead, float* scores) {
-  const int64_t distance = smaller(rows.count, kRowsAhead);
-  const int64_t ld = round_up(queries, kWords), stride = round_up(depth, kDepth) / 2;
-  std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(float));
+// `distance` rows on, rows are asked for. Writes zeros to the lanes beside the queries.
+void score_all_pairs(const RowBlock<BFloat16>& rows, const float* packed, int64_t queries,
+                     int64_t depth, float scale, int64_t distance, const Ahead<BFloat16>& ahead,
+                     float* scores, int64_t ld) {
+  const int64_t stride = round_up(depth, kDepth) / 2, last = (queries - 1) / kWords * kWords;
   int64_t r = 0;
   const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
     const BFloat16* after[kRows];
-    for (int i = 0; i < kRows; ++i) after[i] = row_ahead(rows, r + i + distance, ahead.next);
+    for (int i = 0; i < kRows; ++i) {
+      after[i] = row_ahead(rows, r + i + distance, ahead.next);
+      _mm512_storeu_ps(scores + (r + i) * ld + last, _mm512_setzero_ps());
+    }
     const RowBlock<BFloat16> some = {rows.row(r), rows.stride, kRows};
-    int64_t q = 0;
-    const auto against = [&]<int kQueries>(std::integral_constant<int, kQueries>) {
-      for (; q + kQueries <= queries; q += kQueries) {
-        few_scores<kRows, kQueries>(some, after, packed + q * stride, stride, depth, scale,
-                                    scores + r * ld + q, ld);
-      }
+    const auto against = [&]<int kQueries>(std::integral_constant<int, kQueries>, int64_t q) {
+      score_pairs<kRows, kQueries>(some, q == 0 && distance > 0 ? after : nullptr,
+                                   packed + q * stride, stride, depth, scale, ahead.wanted,
+                                   scores + r * ld + q, ld);
     };
-    against(std::integral_constant<int, 4>{});
-    against(std::integral_constant<int, 2>{});
-    against(std::integral_constant<int, 1>{});
-    return kRows;
+    // In blocks that differ by at most a query: too few sums would wait for each other.
+    const int64_t blocks = (queries + 3) / 4;
+    for (int64_t i = 0, begin = 0; i < blocks; ++i) {
+      const int64_t end = queries * (i + 1) / blocks;
+      switch (end - begin) {
+        case 1:
+          against(std::integral_constant<int, 1>{}, begin);
+          break;
+        case 2:
+          against(std::integral_constant<int, 2>{}, begin);
+          break;
+        case 3:
+          against(std::integral_constant<int, 3>{}, begin);
+          break;
+        default:
+          against(std::integral_constant<int, 4>{}, begin);
+      }
+      begin = end;
+    }
+    r += kRows;
   };
-  while (r + 2 <= rows.count) r += run(std::integral_constant<int, 2>{});
+  while (queries > 2 && r + 4 <= rows.count) run(std::integral_constant<int, 4>{});
+  while (r + 2 <= rows.count) run(std::integral_constant<int, 2>{});
   if (r < rows.count) run(std::integral_constant<int, 1>{});
 }
 
-// --- scores of many -----------------------------------------------------------------------------
+// --- scores
+// ---------------------------------------------------------------------------------------
 
 void scores(RowBlock<BFloat16> rows, const float* packed, int64_t queries, int64_t depth,
             float scale, const Ahead<BFloat16>& ahead, float* out) {
+  const int64_t ld = round_up(queries, kWords);
   if (queries <= kFewQueries) {
-    return all_few_scores(rows, packed, queries, depth, scale, ahead, out);
+    return score_all_pairs(rows, packed, queries, depth, scale, smaller(rows.count, kRowsAhead),
+                           {ahead.next}, out, ld);
   }
   // Elements of a row between two visits of the sums: so much of 32 queries (32 KiB) stays in the
   // first-level cache while a group of rows passes.
   constexpr int64_t kRows = 32, kPart = 512;
-  const int64_t stride = round_up(queries, kWords), whole = depth / kDepth * kDepth;
+  const int64_t panels = in_panels(queries), whole = depth / kDepth * kDepth;
+  const float* pairs = packed + round_up(depth, kDepth) / 2 * panels;
   alignas(64) BFloat16 rest[kRows * kDepth];  // of the rows' elements from `whole` on
   BlockProduct product;
   for (int64_t r = 0; r < rows.count; r += kRows) {
     const int64_t count = smaller(kRows, rows.count - r);
     const RowBlock<BFloat16> after = rows_ahead(rows, r + count, ahead.next);
-    float* block = out + r * stride;
-    for (int64_t k = 0; k < whole; k += kPart) {
+    float* block = out + r * ld;
+    for (int64_t k = 0; k < (panels == 0 ? 0 : whole); k += kPart) {
       const int64_t part = smaller(kPart, whole - k);
-      for (int64_t q = 0; q < stride; q += 2 * kWords) {
+      for (int64_t q = 0; q < panels; q += 2 * kWords) {
         Prefetches prefetches = {.wanted = ahead.wanted};
         if (q == 0 && after.count > 0) {
           prefetches.rows = after.data + k;
           prefetches.stride = after.stride;
         }
-        product(rows.row(r) + k, rows.stride, count, prefetches, packed + k / 2 * stride + q,
-                stride, smaller(2 * kWords, stride - q), part, k != 0, block + q, stride);
+        product(rows.row(r) + k, rows.stride, count, prefetches, packed + k / 2 * panels + q,
+                panels, smaller(2 * kWords, panels - q), part, k != 0, block + q, ld);
       }
     }
-    if (whole != depth) {
+    if (whole != depth && panels != 0) {
       for (int64_t i = 0; i < count; ++i) {
         _mm512_store_si512(rest + i * kDepth,
                            load_elements(rows.row(r + i) + whole, depth - whole));
       }
-      for (int64_t q = 0; q < stride; q += 2 * kWords) {
-        product(rest, kDepth, count, {}, packed + whole / 2 * stride + q, stride,
-                smaller(2 * kWords, stride - q), kDepth, whole != 0, block + q, stride);
+      for (int64_t q = 0; q < panels; q += 2 * kWords) {
+        product(rest, kDepth, count, {}, packed + whole / 2 * panels + q, panels,
+                smaller(2 * kWords, panels - q), kDepth, whole != 0, block + q, ld);
       }
     }
-    for (int64_t i = 0; i < count * stride; i += kWords) {
-      store(load(block + i) * scale, block + i);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t q = 0; q < panels; q += kWords) {
+        store(load(block + i * ld + q) * scale, block + i * ld + q);
+      }
+    }
+    // Queries whose elements stay in the first-level cache while rows pass.
+    const int64_t some = smaller(32768 / (2 * depth) / 4 * 4 + 4, 16);
+    for (int64_t q = panels; q < queries; q += some) {
+      score_all_pairs(rows.part(r, r + count), pairs + (q - panels) * round_up(depth, kDepth) / 2,
+                      smaller(some, queries - q), depth, scale, q == 0 ? count : 0,
+                      {after, ahead.wanted}, block + q, ld);
     }
   }
 }
@@ -307,7 +389,7 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
 void accumulate(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
                 int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<BFloat16>& ahead,
                 bool add, float* out, int64_t out_stride) {
-  const bool few = outputs <= avx512::table<BFloat16>().few_queries;
+  const bool few = outputs <= 2;
   const int64_t whole = few ? 0 : columns / kWords * kWords;
   if (whole != 0) {
     add_products(rows, weights, output_stride, row_stride, outputs, whole, ahead, add, out,

@@ -43,7 +43,9 @@ Schedule make_schedule(const std::vector<Unit>& units, int64_t few_queries, int6
   std::vector<int32_t> order = longest_first(units);
   const auto few = std::stable_partition(
       order.begin(), order.end(), [&](int32_t i) { return units[i].queries() > few_queries; });
-  const auto products = [&](int32_t i) { return units[i].rows() * units[i].queries(); };
+  const auto products = [&](int32_t i) {
+    return units[i].rows() * (units[i].queries() - few_queries);
+  };
   double all_products = 0, all_rows = 0;
   for (auto i = order.begin(); i != few; ++i) all_products += static_cast<double>(products(*i));
   for (auto i = few; i != order.end(); ++i) all_rows += static_cast<double>(units[*i].rows());
