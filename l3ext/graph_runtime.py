@@ -109,8 +109,10 @@ class GraphRows:
             [N, d_emb], dtype of the rows, or of ``x`` if they are quantised.
 
         Raises:
-            RuntimeError: another step has begun since, or the runtime is closed.
+            RuntimeError: another step has begun since, the runtime is closed, or this is a forked
+                child.
         """
+        _check_home(self._runtime)
         layout = self._layout
         if layout.row_dtype is None:
             x = x.to(layout.dtype)
@@ -125,6 +127,7 @@ class GraphStep:
     """The rows of one step, on their way. Ends with its ``with`` block."""
 
     def __init__(self, runtime: GraphRuntime, token_ids: Any) -> None:
+        _check_home(runtime._number)
         ids = as_ids(token_ids).to(runtime._device)
         self._runtime = runtime
         self._plans = [
@@ -150,7 +153,7 @@ class GraphStep:
     def end(self) -> None:
         """Let the current stream wait for rows that nobody attended to, as a capture needs.
 
-        Idempotent; nothing where attention has had the last layer's rows.
+        Idempotent; nothing where attention has had the last layer's rows, and in a forked child.
         """
         torch.ops.l3ext.end_fetch.default(self._ticket, self._runtime._number)
 
@@ -173,7 +176,8 @@ class GraphRuntime:
     only through torch, and runs on the current stream; the fetch, a kernel, on a branch of it. So
     ``torch.cuda.graph`` captures it, and each replay fetches what its own ids need. All steps of a
     runtime, replayed ones too, must follow each other: on one stream, or on streams that wait for
-    each other; and the runtime must stay open while its graphs are replayed.
+    each other; and the runtime must stay open while its graphs are replayed. In a child of ``fork``
+    it is an error to use, as :class:`l3ext.PrefetchRuntime` is.
 
     Args:
         tables: one :class:`LookupTable` for each layer, nearest layer first, or the path of a table
@@ -268,7 +272,7 @@ class GraphRuntime:
         Raises:
             ValueError: an id outside the vocabulary, which and where; on CUDA its positions become
                 NaN instead.
-            RuntimeError: the runtime is closed.
+            RuntimeError: the runtime is closed, or this is a forked child.
         """
         return GraphStep(self, token_ids)
 
@@ -277,8 +281,12 @@ class GraphRuntime:
         """What all steps so far needed, layer by layer, replayed ones too; waits for the device.
 
         Counted by the device. How long anybody waited it cannot know: no host sees a replay.
+
+        Raises:
+            RuntimeError: the runtime is closed, or this is a forked child.
         """
-        return [FetchCounts(*layer) for layer in self._open()._counters.tolist()]
+        _check_home(self._number)
+        return [FetchCounts(*layer) for layer in self._counters.tolist()]
 
     def close(self) -> None:
         """Give the memory back; no graph that holds a step may be replayed any more. Idempotent."""
@@ -290,11 +298,6 @@ class GraphRuntime:
         """Multiprocessors that attention leaves alone: those of a fetch that may run beside it."""
         last = len(self._layouts) - 1
         return self._fetch_blocks if layer < last else 0
-
-    def _open(self) -> GraphRuntime:
-        if self._native is None:
-            raise RuntimeError("the runtime is closed")
-        return self
 
     def __enter__(self) -> GraphRuntime:
         return self
@@ -333,6 +336,12 @@ def _runtime(number: int) -> tuple[GraphRuntime, _C.GraphRuntime]:
     return runtime, runtime._native
 
 
+def _check_home(number: int) -> None:
+    """Before anything of torch's, which may hang in a forked child; its traces do without."""
+    if not torch.compiler.is_compiling():
+        _runtime(number)[1].check_home()
+
+
 @torch.library.register_fake("l3ext::fetch_rows", lib=library)
 def _ticket(segment_tokens: Tensor, num_segments: Tensor, runtime: int) -> Tensor:
     return segment_tokens.new_empty(1)
@@ -355,7 +364,7 @@ def _no_output(ticket: Tensor, runtime: int) -> None:
 @kernel("end_fetch")
 def _end_fetch(ticket: Tensor, runtime: int) -> None:
     found = _runtimes.get(runtime)
-    if found is not None and found._native is not None:
+    if found is not None and found._native is not None and found._native.is_home:
         found._native.end(ticket.data_ptr(), current_stream(ticket.device))
 
 

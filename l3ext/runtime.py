@@ -113,6 +113,8 @@ class Step:
     """The rows of one step, on their way. Ends with its ``with`` block, or when dropped."""
 
     def __init__(self, runtime: PrefetchRuntime, token_ids: Any) -> None:
+        self._runtime = runtime._native
+        self._runtime.check_home()  # before torch, which may hang in a forked child
         self._device = runtime._device
         plan = make_plan(
             as_ids(token_ids).cpu(),
@@ -154,6 +156,7 @@ class Step:
             ValueError: no such layer.
             RuntimeError: the step has ended, the runtime is closed, or this is a forked child.
         """
+        self._runtime.check_home()
         on_host = self._device.type == "cpu"
         segment_rows = torch.empty(self._num_segments, 2, dtype=torch.int64, pin_memory=not on_host)
         self._native.wait(layer, segment_rows, current_stream(self._device))
@@ -168,13 +171,15 @@ class Step:
     def end(self) -> None:
         """Give the rows' memory back; fetches still on their way are cancelled. Idempotent.
 
-        On a GPU what the current stream has been given so far may still read the rows.
+        On a GPU what the current stream has been given so far may still read the rows. In a forked
+        child this does nothing: the step is its parent's.
         """
-        self._native.end(current_stream(self._device))
+        if self._runtime.is_home:
+            self._native.end(current_stream(self._device))
 
     def __del__(self) -> None:
         if hasattr(self, "_native"):
-            with contextlib.suppress(RuntimeError):  # a forked child has nothing to end
+            with contextlib.suppress(RuntimeError):  # a device that failed
                 self.end()
 
     def __enter__(self) -> Step:
@@ -213,6 +218,12 @@ class _LayerViews:
 
 class PrefetchRuntime:
     """Serves the rows of lookup tables that live in RAM or in a table file.
+
+    A runtime belongs to the process that made it. In a child of ``fork`` (``os.fork``, workers of
+    ``multiprocessing`` and of data loaders) its threads are missing: what asks for rows or for the
+    ledger is a ``RuntimeError`` there, at once; :meth:`close`, the ends of ``with`` blocks and of
+    the process do nothing to it, and the parent goes on undisturbed. A child that needs rows opens
+    a runtime of its own, on the same file or the same tables.
 
     Args:
         tables: one :class:`LookupTable` for each layer, nearest layer first (served from where they
@@ -418,7 +429,8 @@ class PrefetchRuntime:
     def close(self) -> None:
         """End open steps, stop the workers, close the file. Idempotent.
 
-        Rows from :meth:`Step.wait` stay valid memory as long as somebody holds them.
+        Rows from :meth:`Step.wait` stay valid memory as long as somebody holds them. In a forked
+        child this does nothing: the runtime stays its parent's.
         """
         self._native.close()
         self._layers = []
