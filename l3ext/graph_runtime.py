@@ -13,7 +13,6 @@ import itertools
 import os
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,15 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
-from l3ext._operators import call, check_device, current_stream, kernel, library
-from l3ext.ops import _PLAN, _PLAN_LENGTH, _check_matrix, _check_plan, _directory_forward
+from l3ext._attention import PLAN, PLAN_LENGTH, attend_by_directory, check_matrix, check_plan
+from l3ext._operators import call, current_stream, kernel, library
+from l3ext._runtimes import (
+    ClosedByWith,
+    EndedByWith,
+    placement_sums,
+    runtime_device,
+    tables_in_memory,
+)
 from l3ext.plans import as_ids, as_offsets, make_plan
 from l3ext.quantization import QUANTIZED_DTYPES
 from l3ext.tables import LookupTable
@@ -33,7 +39,7 @@ from l3ext.tables import LookupTable
 library.define("fetch_rows(Tensor segment_tokens, Tensor num_segments, int runtime) -> Tensor")
 library.define("end_fetch(Tensor ticket, int runtime) -> ()")
 library.define(
-    f"fetched_attention(Tensor x, Tensor ticket, {_PLAN}, int runtime, int layer, SymInt d_emb, "
+    f"fetched_attention(Tensor x, Tensor ticket, {PLAN}, int runtime, int layer, SymInt d_emb, "
     "float scale) -> Tensor"
 )
 
@@ -116,14 +122,14 @@ class GraphRows:
         layout = self._layout
         if layout.row_dtype is None:
             x = x.to(layout.dtype)
-        _check_matrix(x, "x")
-        _check_plan(x, self._plan)
+        check_matrix(x, "x")
+        check_plan(x, self._plan)
         place = (self._runtime, self._layer, layout.d_emb, float(scale))
         operator = torch.ops.l3ext.fetched_attention.default
         return call(operator, (x, self._ticket), *self._plan._arrays(), *place)
 
 
-class GraphStep:
+class GraphStep(EndedByWith):
     """The rows of one step, on their way. Ends with its ``with`` block."""
 
     def __init__(self, runtime: GraphRuntime, token_ids: Any) -> None:
@@ -157,19 +163,8 @@ class GraphStep:
         """
         torch.ops.l3ext.end_fetch.default(self._ticket, self._runtime._number)
 
-    def __enter__(self) -> GraphStep:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
-
-
-class GraphRuntime:
+class GraphRuntime(ClosedByWith):
     """Serves the rows of lookup tables in host memory to steps that may be in a CUDA graph.
 
     A step, :meth:`begin` to the last layer's attention, waits for nothing on the host, allocates
@@ -215,12 +210,7 @@ class GraphRuntime:
     ) -> None:
         self._device = runtime_device(device)
         self._fetch_blocks = fetch_blocks
-        path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
-        if path is not None:
-            natives = _C.MappedTables(path).tables()
-        else:
-            assert not isinstance(tables, (str, os.PathLike))
-            natives = [table._native() for table in tables]
+        natives, path = tables_in_memory(tables)
         self._native: _C.GraphRuntime | None = _C.GraphRuntime(
             natives,
             str(self._device),
@@ -251,11 +241,7 @@ class GraphRuntime:
             path=path,
             device=str(self._device),
             in_place=all(layer["in_place"] for layer in layers),
-            num_layers=len(layers),
-            table_bytes=sum(layer["table_bytes"] for layer in layers),
-            hot_bytes=sum(layer["hot_bytes"] for layer in layers),
-            hot_tokens=sum(layer["hot_tokens"] for layer in layers),
-            ring_bytes=sum(layer["ring_bytes"] for layer in layers),
+            **placement_sums(layers),
         )
         self._number = next(_numbers)
         _runtimes[self._number] = self
@@ -299,17 +285,6 @@ class GraphRuntime:
         last = len(self._layouts) - 1
         return self._fetch_blocks if layer < last else 0
 
-    def __enter__(self) -> GraphRuntime:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         place = self.placement
         where = "in place" if place.in_place else f"for graphs on {place.device}"
@@ -317,15 +292,6 @@ class GraphRuntime:
             f"GraphRuntime({place.num_layers} tables of {place.table_bytes} bytes in RAM, read "
             f"{where}, hot set {place.hot_bytes} and rings {place.ring_bytes} bytes)"
         )
-
-
-def runtime_device(device: torch.device | str | None) -> torch.device:
-    """Where attention runs, with the index of a CUDA device; None: the CPU."""
-    place = torch.device("cpu" if device is None else device)
-    check_device(place, "device")
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    return place
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -370,18 +336,19 @@ def _end_fetch(ticket: Tensor, runtime: int) -> None:
 
 @torch.library.register_fake("l3ext::fetched_attention", lib=library)
 def _attention_fake(x: Tensor, ticket: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[_PLAN_LENGTH + 2])
+    return x.new_empty(x.shape[0], rest[PLAN_LENGTH + 2])
 
 
 @kernel("fetched_attention")
 def _fetched_attention(x: Tensor, ticket: Tensor, *rest: Any) -> Tensor:
-    number, layer, d_emb, scale = rest[_PLAN_LENGTH:]
+    number, layer, d_emb, scale = rest[PLAN_LENGTH:]
     runtime, native = _runtime(number)
     native.wait(layer, ticket.data_ptr(), current_stream(x.device))
     layout = runtime._layouts[layer]
     where = (d_emb, layout.row_stride, layout.value_offset, scale)
     how = (layout.row_dtype, layout.scale_offset, runtime._spare(layer))
-    return _directory_forward(x, runtime._directories[layer], *rest[:_PLAN_LENGTH], *where, *how)
+    directory = runtime._directories[layer]
+    return attend_by_directory(x, directory, rest[:PLAN_LENGTH], *where, *how)
 
 
 def _no_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

@@ -12,7 +12,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -22,7 +21,14 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._operators import current_stream
-from l3ext.graph_runtime import GraphRuntime, runtime_device
+from l3ext._runtimes import (
+    ClosedByWith,
+    EndedByWith,
+    placement_sums,
+    runtime_device,
+    tables_in_memory,
+)
+from l3ext.graph_runtime import GraphRuntime
 from l3ext.ledger import Ledger
 from l3ext.near_data import ALWAYS, NEVER, HostTable, NearDataCosts, NearPositions, costs_of
 from l3ext.nn import L3Layer
@@ -109,7 +115,7 @@ class Rows:
         return self.near.attend(queries, scale, y)
 
 
-class Step:
+class Step(EndedByWith):
     """The rows of one step, on their way. Ends with its ``with`` block, or when dropped."""
 
     def __init__(self, runtime: PrefetchRuntime, token_ids: Any) -> None:
@@ -182,17 +188,6 @@ class Step:
             with contextlib.suppress(RuntimeError):  # a device that failed
                 self.end()
 
-    def __enter__(self) -> Step:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
-
 
 class _LayerViews:
     """Keys and values of one layer's arena, and their scales where the rows are quantised.
@@ -216,7 +211,7 @@ class _LayerViews:
         return matrix[:, : self._d_in], matrix[:, self._d_in :]
 
 
-class PrefetchRuntime:
+class PrefetchRuntime(ClosedByWith):
     """Serves the rows of lookup tables that live in RAM or in a table file.
 
     A runtime belongs to the process that made it. In a child of ``fork`` (``os.fork``, workers of
@@ -316,15 +311,13 @@ class PrefetchRuntime:
         if mapped and path is None:
             raise ValueError("mapped: expected the path of a table file as tables, got tables")
         file = None
-        if path is None:
-            assert not isinstance(tables, (str, os.PathLike))
-            natives = [table._native() for table in tables]
-        elif mapped:
-            natives = _C.MappedTables(path).tables()
-            verify = verify and not (in_place and self._device.type == "cpu")
+        if path is None or mapped:
+            natives, _ = tables_in_memory(tables)
         else:
             file = _C.TableFile(path, _DIRECT_IO[direct_io], _IO_ENGINE[io_engine])
             natives = file.tables()
+        if mapped:
+            verify = verify and not (in_place and self._device.type == "cpu")
         if not verify and path is not None:
             for table in natives:
                 table.drop_checksums()
@@ -364,13 +357,9 @@ class PrefetchRuntime:
             near_data=bool(near_data) and far and not in_file,
             near_costs=None,
             device=str(self._device),
-            num_layers=len(layers),
             num_workers=num_workers,
             queue_depth=queue_depth,
-            table_bytes=sum(layer["table_bytes"] for layer in layers),
-            hot_bytes=sum(layer["hot_bytes"] for layer in layers),
-            hot_tokens=sum(layer["hot_tokens"] for layer in layers),
-            ring_bytes=sum(layer["ring_bytes"] for layer in layers),
+            **placement_sums(layers),
         )
         self.prefill_chunk = 0 if self.placement.in_place else prefill_chunk
         if self.placement.near_data:
@@ -434,17 +423,6 @@ class PrefetchRuntime:
         """
         self._native.close()
         self._layers = []
-
-    def __enter__(self) -> PrefetchRuntime:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         place = self.placement
