@@ -27,8 +27,9 @@ void throw_bad_handle(const char* argument, uintptr_t handle) {
                            ", from before fork(), which leaves its threads behind: open tables and "
                            "a runtime in this process"));
   }
-  throw BadHandle(concat(argument, ": expected an open handle, got one that was closed, or that is "
-                                   "of another kind"));
+  throw BadHandle(concat(argument,
+                         ": expected an open handle, got one that was closed, or that is "
+                         "of another kind"));
 }
 
 // A child of fork() starts with a registry of its own: another thread may have held the parent's

@@ -19,7 +19,8 @@ class HomeProcess {
     if (is_here()) return;
     throw Error(ErrorCode::kRuntime,
                 concat("this ", object, " belongs to process ", process_, " and came to process ",
-                       ::getpid(), " through fork(), which leaves its threads behind: open a "
+                       ::getpid(),
+                       " through fork(), which leaves its threads behind: open a "
                        "runtime in this process"));
   }
 

@@ -39,7 +39,8 @@ class SharedCounter {
   explicit SharedCounter(lzw::Counter counter)
       : counter_(std::make_unique<lzw::Counter>(std::move(counter))) {}
   ~SharedCounter() {
-    if (lost()) [[maybe_unused]] auto* left = counter_.release();
+    if (lost()) [[maybe_unused]]
+      auto* left = counter_.release();
   }
   SharedCounter(const SharedCounter&) = delete;
   SharedCounter& operator=(const SharedCounter&) = delete;

@@ -55,8 +55,8 @@ class GraphRuntime {
   // `stream` goes on when the layer's directory holds where the rows of the step's tokens are.
   // Throws kRuntime where another step has begun since.
   void wait(int64_t layer, const void* step, void* stream);
-  // Joins what nobody waited for, as a capture must; of a step that is over, and in a child of fork():
-  // nothing. Idempotent.
+  // Joins what nobody waited for, as a capture must; of a step that is over, and in a child of
+  // fork(): nothing. Idempotent.
   void end(const void* step, void* stream);
 
   // int64 [V], the address of each token's rows.

@@ -314,7 +314,7 @@ void Prefetcher::retire(Fetch& fetch) {
 // --- the handle --------------------------------------------------------------------------------
 
 Prefetcher::Step::~Step() {
-  if (!state_) return;  // moved from
+  if (!state_) return;            // moved from
   if (!prefetcher_->is_home()) {  // workers may have been writing to it when the process forked
     [[maybe_unused]] auto* left = new (std::nothrow) auto(std::move(state_));
     return;

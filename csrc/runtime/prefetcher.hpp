@@ -19,8 +19,8 @@
 //
 // Everything is thread-safe. Ownership: a Step keeps the Prefetcher's memory alive, a DeviceBuffer
 // keeps itself; close() stops the workers, and what comes after gets an error. In a child of fork()
-// everything gets one at once, but for what lets go, close(), end() and destructors: they do nothing
-// there, and what they would have given back stays the parent's.
+// everything gets one at once, but for what lets go, close(), end() and destructors: they do
+// nothing there, and what they would have given back stays the parent's.
 #pragma once
 
 #include <condition_variable>

@@ -399,7 +399,8 @@ void a_forked_child_starts_anew() {
   l3ext_totals totals = {};
   totals.struct_size = sizeof totals;
   const float x[8] = {};
-#ifndef __SANITIZE_THREAD__  // which does not see OpenMP's barriers, and allows no threads in a child
+#ifndef __SANITIZE_THREAD__  // which does not see OpenMP's barriers, and allows no threads in a
+                             // child
   // The child has no pool: it does not wait for that either.
   float y[5] = {};
   EXPECT(l3ext_step_wait(step, 0, nullptr) == L3EXT_OK);

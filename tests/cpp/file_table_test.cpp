@@ -162,8 +162,8 @@ void where_the_kernel_forbids_io_uring_pread_reads() {
       read_random_ranges(*FileTable(reader, kBase).make_reader(8), file, 2, 100);
       const std::string message =
           EXPECT_THROWS(Error, open(file, {IoEngine::kUring, DirectIo::kAuto}));
-      EXPECT(message == concat("io_engine: expected a system with io_uring, got \"",
-                               why_no_uring(), "\"; pread and auto read without it"));
+      EXPECT(message == concat("io_engine: expected a system with io_uring, got \"", why_no_uring(),
+                               "\"; pread and auto read without it"));
       return check::failures == 0;
     }));
 }

@@ -117,7 +117,8 @@ void a_child_needs_none_of_the_locks() {
   const auto device = std::make_shared<CallingDevice>();
   PrefetchOptions options;
   options.in_place = false;
-  std::shared_ptr<Prefetcher> prefetcher = Prefetcher::create({ram_table(example)}, device, options);
+  std::shared_ptr<Prefetcher> prefetcher =
+      Prefetcher::create({ram_table(example)}, device, options);
   std::optional<Prefetcher::Step> step(Prefetcher::begin(prefetcher, std::vector<int32_t>{1}));
   step->wait(0);
   int forks = 0;

@@ -164,6 +164,11 @@ def test_workers_of_a_data_loader(tier, tmp_path):
             assert f"belongs to process {{os.getpid()}} and came to process" in str(error), error
         else:
             raise AssertionError("expected a RuntimeError")
+        def serve():
+            torch.set_num_threads(1)
+            model.model.l3_runtime = PrefetchRuntime(path)
+            assert torch.equal(generate(model), expected)
+        assert path is None or status_of_a_child(serve) == 0
         assert torch.equal(generate(model), expected)
         """,
     )
