@@ -29,8 +29,8 @@ def chunk_length(runtime: Any, config: Any, token_ids: Tensor, kwargs: dict[str,
     In chunks runs what has more positions than ``runtime.prefill_chunk`` over all sequences, keeps
     keys and values in a cache, and has no gradient: only then is a prompt in pieces the same
     computation. What cannot be cut along with the ids (a mask of four dimensions, packed sequences,
-    outputs of every layer) runs whole too, and so does a call with a cache under both names, to which
-    transformers gives an error or a warning of its own.
+    outputs of every layer) runs whole too, and so does a call with a cache under both names: what
+    that is, an error or a warning, transformers says itself.
     """
     limit = runtime.prefill_chunk
     if token_ids.dim() != 2 or not 0 < limit < token_ids.numel():
