@@ -411,7 +411,7 @@ void a_forked_child_starts_anew() {
   std::fflush(nullptr);
   const pid_t child = ::fork();
   if (child == 0) {
-    ::alarm(30);  // ends a child that hangs
+    ::alarm(100);  // ends a child that hangs
     check::failures = 0;
     const int32_t id = 0;
     l3ext_step* mine = nullptr;

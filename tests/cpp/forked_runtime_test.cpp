@@ -26,7 +26,7 @@ bool in_a_child(const std::function<void()>& test) {
   std::fflush(nullptr);
   const pid_t child = ::fork();
   if (child == 0) {
-    ::alarm(30);  // a child that hangs ends by this signal
+    ::alarm(100);  // a child that hangs ends by this signal
     check::failures = 0;
     try {
       test();

@@ -424,7 +424,7 @@ def test_a_fork_during_an_update():
             except RuntimeError:
                 child = os.fork()
             if child == 0:
-                signal.alarm(30)  # ends a child that hangs
+                signal.alarm(100)  # ends a child that hangs
                 status = 3
                 try:
                     status = use()
@@ -456,7 +456,7 @@ def test_a_child_counts_on():
         counter.update(tokens, threads=2)
         child = os.fork()
         if child == 0:
-            signal.alarm(30)  # ends a child that hangs
+            signal.alarm(100)  # ends a child that hangs
             counter.update(tokens, threads=2)
             os._exit(0 if counter.num_tokens == 2 * tokens.size else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
