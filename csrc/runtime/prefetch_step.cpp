@@ -35,7 +35,8 @@ std::vector<int64_t> sort_and_count(std::vector<int32_t>& tokens) {
 Prefetcher::Step Prefetcher::begin(const std::shared_ptr<Prefetcher>& self,
                                    std::span<const int32_t> token_ids) {
   self->check_home();
-  auto state = std::make_shared<StepState>();
+  // Workers write to it: in a child of fork() it may be in the midst of that.
+  const std::shared_ptr<StepState> state(new StepState, DeleteAtHome());
   state->record.begin_ns = self->ledger_->now();
   for (size_t i = 0; i < token_ids.size(); ++i) {
     L3EXT_CHECK(token_ids[i] >= 0 && token_ids[i] < self->vocab_size_, "token_ids[", i,
@@ -314,11 +315,7 @@ void Prefetcher::retire(Fetch& fetch) {
 // --- the handle --------------------------------------------------------------------------------
 
 Prefetcher::Step::~Step() {
-  if (!state_) return;            // moved from
-  if (!prefetcher_->is_home()) {  // workers may have been writing to it when the process forked
-    [[maybe_unused]] auto* left = new (std::nothrow) auto(std::move(state_));
-    return;
-  }
+  if (!state_) return;  // moved from
   try {
     end();
   } catch (...) {
