@@ -1,8 +1,8 @@
 // The CUDA device of the runtime on the fake CUDA runtime: what it orders, what it makes and lets
 // go of, and what it says when CUDA refuses. Its copies and fences, not its speed.
 #include <algorithm>
-#include <atomic>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -21,7 +21,7 @@
 
 namespace l3ext::cuda {
 
-std::atomic<int> kernel_copies = 0;  // by any worker
+std::atomic<int> kernel_copies = 0;   // by any worker
 std::function<void()> before_kernel;  // called when its turn comes
 
 // In the place of the kernel, which the fake runtime cannot run.
