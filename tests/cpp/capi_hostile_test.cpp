@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <fstream>
+#include <numeric>
 #include <thread>
 
 #include "capi_examples.hpp"
@@ -394,17 +395,19 @@ void a_runtime_is_closed_under_its_users() {
 
 // Handles of the parent are unknown to a child, whatever locks were held; it may make its own.
 void a_forked_child_starts_anew() {
+  std::vector<int32_t> ids(30);  // enough for two threads
+  std::iota(ids.begin(), ids.end(), 0);
   l3ext_runtime* runtime = example_runtime();
-  l3ext_step* step = begin(runtime, {3});
+  l3ext_step* step = begin(runtime, ids);
   l3ext_totals totals = {};
   totals.struct_size = sizeof totals;
-  const float x[8] = {};
+  const std::vector<float> x(ids.size() * 8, 1.0f);
 #ifndef __SANITIZE_THREAD__  // which does not see OpenMP's barriers, and allows no threads in a
                              // child
   // The child has no pool: it does not wait for that either.
-  float y[5] = {};
+  std::vector<float> y(ids.size() * 5), again(y.size());
   EXPECT(l3ext_step_wait(step, 0, nullptr) == L3EXT_OK);
-  EXPECT(l3ext_step_attend(step, 0, L3EXT_FLOAT32, x, y, 1.0, 4) == L3EXT_OK);
+  EXPECT(l3ext_step_attend(step, 0, L3EXT_FLOAT32, x.data(), y.data(), 1.0, 2) == L3EXT_OK);
 #endif
   const std::string refusal = "expected a handle of process ";
   const std::string of_parent = ", got one of process " + std::to_string(::getpid()) + ", from";
@@ -424,11 +427,10 @@ void a_forked_child_starts_anew() {
     EXPECT_ERROR(handle, text, l3ext_runtime_close(runtime));
 #ifndef __SANITIZE_THREAD__
     l3ext_runtime* own = example_runtime();
-    mine = begin(own, {3});
-    float again[5] = {};
+    mine = begin(own, ids);
     EXPECT(own != runtime && l3ext_step_wait(mine, 0, nullptr) == L3EXT_OK);
-    EXPECT(l3ext_step_attend(mine, 0, L3EXT_FLOAT32, x, again, 1.0, 4) == L3EXT_OK);
-    EXPECT(std::memcmp(y, again, sizeof y) == 0);
+    EXPECT(l3ext_step_attend(mine, 0, L3EXT_FLOAT32, x.data(), again.data(), 1.0, 2) == L3EXT_OK);
+    EXPECT(again == y);
     EXPECT(l3ext_step_end(mine, nullptr) == L3EXT_OK);
     EXPECT_ERROR(handle, "closed", l3ext_step_end(mine, nullptr));
     // Of those of the grandparent, the grandchild knows whose they were.
