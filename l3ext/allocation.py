@@ -196,7 +196,8 @@ class LZWCounter:
     """Counts LZW codewords of a corpus, document by document, exactly.
 
     Memory is ``nbytes``, 35 to 55 bytes a codeword. Safe to share between threads: calls take
-    turns, and the GIL is free meanwhile.
+    turns, and the GIL is free meanwhile. A forked child counts on with its copy; where another
+    thread was in a call when the process forked, every use of the copy is a ``RuntimeError``.
     """
 
     def __init__(

@@ -13,7 +13,6 @@ import itertools
 import os
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,15 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
-from l3ext._operators import call, check_device, current_stream, kernel, library
-from l3ext.ops import _PLAN, _PLAN_LENGTH, _check_matrix, _check_plan, _directory_forward
+from l3ext._attention import PLAN, PLAN_LENGTH, attend_by_directory, check_matrix, check_plan
+from l3ext._operators import call, current_stream, kernel, library
+from l3ext._runtimes import (
+    ClosedByWith,
+    EndedByWith,
+    placement_sums,
+    runtime_device,
+    tables_in_memory,
+)
 from l3ext.plans import as_ids, as_offsets, make_plan
 from l3ext.quantization import QUANTIZED_DTYPES
 from l3ext.tables import LookupTable
@@ -33,7 +39,7 @@ from l3ext.tables import LookupTable
 library.define("fetch_rows(Tensor segment_tokens, Tensor num_segments, int runtime) -> Tensor")
 library.define("end_fetch(Tensor ticket, int runtime) -> ()")
 library.define(
-    f"fetched_attention(Tensor x, Tensor ticket, {_PLAN}, int runtime, int layer, SymInt d_emb, "
+    f"fetched_attention(Tensor x, Tensor ticket, {PLAN}, int runtime, int layer, SymInt d_emb, "
     "float scale) -> Tensor"
 )
 
@@ -109,22 +115,25 @@ class GraphRows:
             [N, d_emb], dtype of the rows, or of ``x`` if they are quantised.
 
         Raises:
-            RuntimeError: another step has begun since, or the runtime is closed.
+            RuntimeError: another step has begun since, the runtime is closed, or this is a forked
+                child.
         """
+        _check_home(self._runtime)
         layout = self._layout
         if layout.row_dtype is None:
             x = x.to(layout.dtype)
-        _check_matrix(x, "x")
-        _check_plan(x, self._plan)
+        check_matrix(x, "x")
+        check_plan(x, self._plan)
         place = (self._runtime, self._layer, layout.d_emb, float(scale))
         operator = torch.ops.l3ext.fetched_attention.default
         return call(operator, (x, self._ticket), *self._plan._arrays(), *place)
 
 
-class GraphStep:
+class GraphStep(EndedByWith):
     """The rows of one step, on their way. Ends with its ``with`` block."""
 
     def __init__(self, runtime: GraphRuntime, token_ids: Any) -> None:
+        _check_home(runtime._number)
         ids = as_ids(token_ids).to(runtime._device)
         self._runtime = runtime
         self._plans = [
@@ -150,30 +159,20 @@ class GraphStep:
     def end(self) -> None:
         """Let the current stream wait for rows that nobody attended to, as a capture needs.
 
-        Idempotent; nothing where attention has had the last layer's rows.
+        Idempotent; nothing where attention has had the last layer's rows, and in a forked child.
         """
         torch.ops.l3ext.end_fetch.default(self._ticket, self._runtime._number)
 
-    def __enter__(self) -> GraphStep:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
-
-
-class GraphRuntime:
+class GraphRuntime(ClosedByWith):
     """Serves the rows of lookup tables in host memory to steps that may be in a CUDA graph.
 
     A step, :meth:`begin` to the last layer's attention, waits for nothing on the host, allocates
     only through torch, and runs on the current stream; the fetch, a kernel, on a branch of it. So
     ``torch.cuda.graph`` captures it, and each replay fetches what its own ids need. All steps of a
     runtime, replayed ones too, must follow each other: on one stream, or on streams that wait for
-    each other; and the runtime must stay open while its graphs are replayed.
+    each other; and the runtime must stay open while its graphs are replayed. In a child of ``fork``
+    it is an error to use, as :class:`l3ext.PrefetchRuntime` is.
 
     Args:
         tables: one :class:`LookupTable` for each layer, nearest layer first, or the path of a table
@@ -211,12 +210,7 @@ class GraphRuntime:
     ) -> None:
         self._device = runtime_device(device)
         self._fetch_blocks = fetch_blocks
-        path = os.fspath(tables) if isinstance(tables, (str, os.PathLike)) else None
-        if path is not None:
-            natives = _C.MappedTables(path).tables()
-        else:
-            assert not isinstance(tables, (str, os.PathLike))
-            natives = [table._native() for table in tables]
+        natives, path = tables_in_memory(tables)
         self._native: _C.GraphRuntime | None = _C.GraphRuntime(
             natives,
             str(self._device),
@@ -247,11 +241,7 @@ class GraphRuntime:
             path=path,
             device=str(self._device),
             in_place=all(layer["in_place"] for layer in layers),
-            num_layers=len(layers),
-            table_bytes=sum(layer["table_bytes"] for layer in layers),
-            hot_bytes=sum(layer["hot_bytes"] for layer in layers),
-            hot_tokens=sum(layer["hot_tokens"] for layer in layers),
-            ring_bytes=sum(layer["ring_bytes"] for layer in layers),
+            **placement_sums(layers),
         )
         self._number = next(_numbers)
         _runtimes[self._number] = self
@@ -268,7 +258,7 @@ class GraphRuntime:
         Raises:
             ValueError: an id outside the vocabulary, which and where; on CUDA its positions become
                 NaN instead.
-            RuntimeError: the runtime is closed.
+            RuntimeError: the runtime is closed, or this is a forked child.
         """
         return GraphStep(self, token_ids)
 
@@ -277,8 +267,12 @@ class GraphRuntime:
         """What all steps so far needed, layer by layer, replayed ones too; waits for the device.
 
         Counted by the device. How long anybody waited it cannot know: no host sees a replay.
+
+        Raises:
+            RuntimeError: the runtime is closed, or this is a forked child.
         """
-        return [FetchCounts(*layer) for layer in self._open()._counters.tolist()]
+        _check_home(self._number)
+        return [FetchCounts(*layer) for layer in self._counters.tolist()]
 
     def close(self) -> None:
         """Give the memory back; no graph that holds a step may be replayed any more. Idempotent."""
@@ -291,22 +285,6 @@ class GraphRuntime:
         last = len(self._layouts) - 1
         return self._fetch_blocks if layer < last else 0
 
-    def _open(self) -> GraphRuntime:
-        if self._native is None:
-            raise RuntimeError("the runtime is closed")
-        return self
-
-    def __enter__(self) -> GraphRuntime:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         place = self.placement
         where = "in place" if place.in_place else f"for graphs on {place.device}"
@@ -316,21 +294,18 @@ class GraphRuntime:
         )
 
 
-def runtime_device(device: torch.device | str | None) -> torch.device:
-    """Where attention runs, with the index of a CUDA device; None: the CPU."""
-    place = torch.device("cpu" if device is None else device)
-    check_device(place, "device")
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", torch.cuda.current_device())
-    return place
-
-
 # --- operators ------------------------------------------------------------------------------------
 def _runtime(number: int) -> tuple[GraphRuntime, _C.GraphRuntime]:
     runtime = _runtimes.get(number)
     if runtime is None or runtime._native is None:
         raise RuntimeError("the runtime is closed")
     return runtime, runtime._native
+
+
+def _check_home(number: int) -> None:
+    """Before anything of torch's, which may hang in a forked child; its traces do without."""
+    if not torch.compiler.is_compiling():
+        _runtime(number)[1].check_home()
 
 
 @torch.library.register_fake("l3ext::fetch_rows", lib=library)
@@ -355,24 +330,25 @@ def _no_output(ticket: Tensor, runtime: int) -> None:
 @kernel("end_fetch")
 def _end_fetch(ticket: Tensor, runtime: int) -> None:
     found = _runtimes.get(runtime)
-    if found is not None and found._native is not None:
+    if found is not None and found._native is not None and found._native.is_home:
         found._native.end(ticket.data_ptr(), current_stream(ticket.device))
 
 
 @torch.library.register_fake("l3ext::fetched_attention", lib=library)
 def _attention_fake(x: Tensor, ticket: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[_PLAN_LENGTH + 2])
+    return x.new_empty(x.shape[0], rest[PLAN_LENGTH + 2])
 
 
 @kernel("fetched_attention")
 def _fetched_attention(x: Tensor, ticket: Tensor, *rest: Any) -> Tensor:
-    number, layer, d_emb, scale = rest[_PLAN_LENGTH:]
+    number, layer, d_emb, scale = rest[PLAN_LENGTH:]
     runtime, native = _runtime(number)
     native.wait(layer, ticket.data_ptr(), current_stream(x.device))
     layout = runtime._layouts[layer]
     where = (d_emb, layout.row_stride, layout.value_offset, scale)
     how = (layout.row_dtype, layout.scale_offset, runtime._spare(layer))
-    return _directory_forward(x, runtime._directories[layer], *rest[:_PLAN_LENGTH], *where, *how)
+    directory = runtime._directories[layer]
+    return attend_by_directory(x, directory, rest[:PLAN_LENGTH], *where, *how)
 
 
 def _no_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

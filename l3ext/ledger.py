@@ -66,7 +66,10 @@ class LedgerTotals:
 
 
 class Ledger:
-    """What the steps of a runtime cost. Steps are entered when they end."""
+    """What the steps of a runtime cost. Steps are entered when they end.
+
+    Asked in a forked child, every method is a ``RuntimeError``: the ledger is its parent's.
+    """
 
     def __init__(self, native: _C.Ledger) -> None:
         self._native = native

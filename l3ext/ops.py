@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from l3ext import _C
-from l3ext._operators import call, check_device, detached, kernel, library, queue
+from l3ext._attention import (
+    PLAN,
+    PLAN_LENGTH,
+    as_queries,
+    attend_by_directory,
+    check_matrix,
+    check_plan,
+    native_plan,
+)
+from l3ext._operators import call, detached, kernel, library, queue
 from l3ext.plans import Plan
 from l3ext.quantization import QUANTIZED_DTYPES, check_quantized_dtype
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# The fields of a Plan, in their order.
-_PLAN = (
-    "Tensor permutation, Tensor segment_tokens, Tensor segment_queries, Tensor segment_rows, "
-    "Tensor num_segments, Tensor table_rows, Tensor schedule, SymInt max_rows"
-)
-_PLAN_LENGTH = 8
 # What a backward operator gets after the plan; segment_gradients: where each segment's gradient
 # rows begin in an array of gradient_rows rows, if not where its rows lie in the table.
 _BACKWARD = (
@@ -33,27 +34,27 @@ _BACKWARD = (
     "SymInt gradient_rows=0"
 )
 library.define(
-    f"segmented_attention(Tensor x, Tensor keys, Tensor values, {_PLAN}, float scale, "
+    f"segmented_attention(Tensor x, Tensor keys, Tensor values, {PLAN}, float scale, "
     "bool sparse=False) -> Tensor"
 )
 library.define(
-    f"segmented_attention_backward(Tensor dy, Tensor x, Tensor keys, Tensor values, {_PLAN}, "
+    f"segmented_attention_backward(Tensor dy, Tensor x, Tensor keys, Tensor values, {PLAN}, "
     f"{_BACKWARD}) -> (Tensor, Tensor, Tensor)"
 )
 library.define(
-    f"table_attention(Tensor x, Tensor table, int d_in, bool tied, {_PLAN}, float scale, "
+    f"table_attention(Tensor x, Tensor table, int d_in, bool tied, {PLAN}, float scale, "
     "bool sparse=False) -> Tensor"
 )
 library.define(
     "table_attention_backward(Tensor dy, Tensor x, Tensor table, int d_in, bool tied, "
-    f"{_PLAN}, {_BACKWARD}) -> (Tensor, Tensor)"
+    f"{PLAN}, {_BACKWARD}) -> (Tensor, Tensor)"
 )
 library.define(
     "quantized_attention(Tensor x, Tensor keys, Tensor values, Tensor key_scales, "
-    f"Tensor value_scales, {_PLAN}, float scale) -> Tensor"
+    f"Tensor value_scales, {PLAN}, float scale) -> Tensor"
 )
 library.define(
-    f"directory_attention(Tensor x, Tensor directory, {_PLAN}, SymInt d_emb, SymInt row_stride, "
+    f"directory_attention(Tensor x, Tensor directory, {PLAN}, SymInt d_emb, SymInt row_stride, "
     "SymInt value_offset, float scale, ScalarType? row_dtype=None, SymInt scale_offset=0) -> Tensor"
 )
 
@@ -108,13 +109,13 @@ def segmented_attention(
         TypeError: unequal or unsupported dtypes, a plan on another device.
         RuntimeError: a device that this build has no kernels for.
     """
-    _check_matrix(x, "x")
+    check_matrix(x, "x")
     quantized = isinstance(keys, Tensor) and keys.dtype in QUANTIZED_DTYPES
     if quantized:
         _check_quantized(x, keys, values, key_scales, value_scales)
     else:
-        _check_matrix(keys, "keys", like=x)
-        _check_matrix(values, "values", like=x)
+        check_matrix(keys, "keys", like=x)
+        check_matrix(values, "values", like=x)
         for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
             if scales is not None:
                 raise ValueError(f"{name}: expected None for keys of {keys.dtype}, got scales")
@@ -126,7 +127,7 @@ def segmented_attention(
         raise ValueError(
             f"values: expected {keys.shape[0]} rows, as many as keys, got {values.shape[0]}"
         )
-    _check_plan(x, plan)
+    check_plan(x, plan)
     if quantized:
         rows = (keys, values, key_scales, value_scales)
         operator = torch.ops.l3ext.quantized_attention.default
@@ -162,13 +163,13 @@ def table_attention(
     Returns:
         [N, d_emb], dtype of ``x``.
     """
-    _check_matrix(x, "x")
-    _check_matrix(table, "table", like=x)
+    check_matrix(x, "x")
+    check_matrix(table, "table", like=x)
     d_in = x.shape[1]
     if (table.shape[1] != d_in) if tied else (table.shape[1] <= d_in):
         wanted = f"{d_in}" if tied else f"more than {d_in}"
         raise ValueError(f"table: expected {wanted} columns, got {table.shape[1]}")
-    _check_plan(x, plan)
+    check_plan(x, plan)
     if sparse:
         _check_sparse(table=table)
     operator = torch.ops.l3ext.table_attention.default
@@ -214,7 +215,7 @@ def directory_attention(
             shapes that do not fit.
         TypeError: a directory that is not int64 or lies elsewhere than ``x``.
     """
-    _check_matrix(x, "x")
+    check_matrix(x, "x")
     if not isinstance(directory, Tensor):
         raise TypeError(f"directory: expected a torch.Tensor, got {type(directory).__name__}")
     for value, least, name in (
@@ -224,7 +225,7 @@ def directory_attention(
     ):
         if value < least:
             raise ValueError(f"{name}: expected {least} or more, got {value}")
-    _check_plan(x, plan)
+    check_plan(x, plan)
     layout = (d_emb, row_stride, value_offset, float(scale))
     operator = torch.ops.l3ext.directory_attention.default
     if row_dtype is None or row_dtype == x.dtype:
@@ -236,27 +237,6 @@ def directory_attention(
     if scale_offset < 1:
         raise ValueError(f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}")
     return call(operator, (x, directory), *plan._arrays(), *layout, row_dtype, scale_offset)
-
-
-def _check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.ndim != 2:
-        raise ValueError(f"{argument}: expected a matrix, got shape {list(tensor.shape)}")
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(
-            f"{argument}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}"
-        )
-    if like is not None and tensor.dtype != like.dtype:
-        raise TypeError(f"{argument}: expected {like.dtype}, the dtype of x, got {tensor.dtype}")
-    if like is not None and tensor.device != like.device:
-        raise RuntimeError(f"{argument}: expected device {like.device}, got {tensor.device}")
-    check_device(tensor.device, argument)
-    if tensor.dtype == torch.float64 and tensor.is_cuda:
-        raise TypeError(
-            f"{argument}: expected float32, bfloat16 or float16 on {tensor.device}, got "
-            "torch.float64, which only the CPU computes"
-        )
 
 
 def _check_quantized(
@@ -294,15 +274,6 @@ def _check_quantized_queries(x: Tensor, row_dtype: torch.dtype) -> None:
         raise RuntimeError(f"x: expected the CPU, which {row_dtype} rows need, got {x.device}")
 
 
-def _check_plan(x: Tensor, plan: Plan) -> None:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected l3ext.Plan, got {type(plan).__name__}")
-    if plan.num_tokens != x.shape[0]:
-        raise ValueError(
-            f"x: expected {plan.num_tokens} rows, one per planned token, got {x.shape[0]}"
-        )
-
-
 def _check_sparse(**tables: Tensor) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -318,32 +289,15 @@ def _check_sparse(**tables: Tensor) -> None:
 
 
 # --- forward --------------------------------------------------------------------------------------
-def _queries(matrix: Tensor) -> Tensor:
-    """x or dy as the kernels read it: a layout that they do not take costs a copy."""
-    matrix = detached(matrix)
-    if matrix.stride(1) != 1 and matrix.shape[1] > 1:
-        return matrix.contiguous()
-    # On CUDA rows are loaded 16 bytes at a time.
-    if matrix.is_cuda and (matrix.data_ptr() | matrix.stride(0) * matrix.element_size()) % 16:
-        return matrix.clone(memory_format=torch.contiguous_format)
-    return matrix
-
-
 def _split(table: Tensor, d_in: int, tied: bool) -> tuple[Tensor, Tensor]:
     return (table, table) if tied else (table[:, :d_in], table[:, d_in:])
 
 
-def _native_plan(arguments: Sequence[Any]) -> tuple[Sequence[Tensor], int]:
-    """Arrays and max_rows of a plan's arguments, as the native functions take them."""
-    *arrays, max_rows = arguments[:_PLAN_LENGTH]
-    return arrays, max_rows
-
-
 @kernel("segmented_attention")
 def _forward(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    scale = rest[_PLAN_LENGTH]
+    scale = rest[PLAN_LENGTH]
     y = x.new_empty(x.shape[0], values.shape[1])
-    operands = (_queries(x), detached(keys), detached(values), *_native_plan(rest))
+    operands = (as_queries(x), detached(keys), detached(values), *native_plan(rest))
     _C.segmented_attention(*operands, scale, torch.get_num_threads(), y, queue(x.device))
     return y
 
@@ -367,9 +321,9 @@ def _table_forward_fake(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: 
 def _quantized_forward(
     x: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor, value_scales: Tensor, *rest: Any
 ) -> Tensor:
-    scale = rest[_PLAN_LENGTH]
+    scale = rest[PLAN_LENGTH]
     y = x.new_empty(x.shape[0], values.shape[1])
-    operands = (_queries(x), detached(keys), detached(values), *_native_plan(rest))
+    operands = (as_queries(x), detached(keys), detached(values), *native_plan(rest))
     _C.segmented_attention(
         *operands,
         scale,
@@ -390,20 +344,12 @@ def _quantized_fake(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tens
 @kernel("directory_attention")
 def _directory_forward(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
     # torch drops what equals the default.
-    d_emb, row_stride, value_offset, scale, *given = rest[_PLAN_LENGTH:]
-    row_dtype = str(given[0]).removeprefix("torch.") if given and given[0] is not None else None
-    scale_offset, spare = given[1] if len(given) > 1 else 0, given[2] if len(given) > 2 else 0
-    y = x.new_empty(x.shape[0], d_emb)
-    operands = (_queries(x), directory, *_native_plan(rest), row_stride, value_offset, scale)
-    _C.directory_attention(
-        *operands, torch.get_num_threads(), y, queue(x.device), row_dtype, scale_offset, spare
-    )
-    return y
+    return attend_by_directory(x, directory, rest[:PLAN_LENGTH], *rest[PLAN_LENGTH:])
 
 
 @torch.library.register_fake("l3ext::directory_attention", lib=library)
 def _directory_fake(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rest[_PLAN_LENGTH])
+    return x.new_empty(x.shape[0], rest[PLAN_LENGTH])
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -417,9 +363,9 @@ def _backward_into(
     dkeys: Tensor | None,
     dvalues: Tensor | None,
 ) -> None:
-    scale, wants_dx, wants_rows = rest[_PLAN_LENGTH : _PLAN_LENGTH + 3]
+    scale, wants_dx, wants_rows = rest[PLAN_LENGTH : PLAN_LENGTH + 3]
     starts, _ = _packing(rest)
-    operands = (_queries(dy), _queries(x), detached(keys), detached(values), *_native_plan(rest))
+    operands = (as_queries(dy), as_queries(x), detached(keys), detached(values), *native_plan(rest))
     gradients = (dx if wants_dx else None, *((dkeys, dvalues) if wants_rows else (None, None)))
     _C.segmented_attention_backward(
         *operands, scale, torch.get_num_threads(), starts, *gradients, queue(x.device)
@@ -428,13 +374,13 @@ def _backward_into(
 
 def _packing(rest: Sequence[Any]) -> tuple[Tensor | None, int]:
     """segment_gradients and gradient_rows, of which torch drops what equals the default."""
-    given = rest[_PLAN_LENGTH + 3 :]
+    given = rest[PLAN_LENGTH + 3 :]
     return given[0] if given else None, given[1] if len(given) > 1 else 0
 
 
 def _gradient_outputs(x: Tensor, tables: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
     """Gradients of ``x`` and the tables to be filled; of no size where not wanted."""
-    wants_dx, wants_rows = rest[_PLAN_LENGTH + 1 : _PLAN_LENGTH + 3]
+    wants_dx, wants_rows = rest[PLAN_LENGTH + 1 : PLAN_LENGTH + 3]
     starts, packed_rows = _packing(rest)
 
     def rows_like(table: Tensor) -> Tensor:
@@ -509,8 +455,8 @@ def touched_rows(segment_rows: Tensor, num_segments: Tensor) -> TouchedRows:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, keys, values, *rest = inputs
-    arrays, ctx.max_rows = _native_plan(rest)
-    ctx.scale, ctx.sparse = rest[_PLAN_LENGTH:]
+    arrays, ctx.max_rows = native_plan(rest)
+    ctx.scale, ctx.sparse = rest[PLAN_LENGTH:]
     ctx.save_for_backward(x, keys, values, *arrays)
 
 
@@ -530,14 +476,14 @@ def _derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dx if needs_x else None,
         dkeys if needs_keys else None,
         dvalues if needs_values else None,
-        *(None,) * (_PLAN_LENGTH + 2),
+        *(None,) * (PLAN_LENGTH + 2),
     )
 
 
 def _table_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, table, ctx.d_in, ctx.tied, *rest = inputs
-    arrays, ctx.max_rows = _native_plan(rest)
-    ctx.scale, ctx.sparse = rest[_PLAN_LENGTH:]
+    arrays, ctx.max_rows = native_plan(rest)
+    ctx.scale, ctx.sparse = rest[PLAN_LENGTH:]
     ctx.save_for_backward(x, table, *arrays)
 
 
@@ -555,7 +501,7 @@ def _table_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (
         dx if needs_x else None,
         dtable if needs_table else None,
-        *(None,) * (_PLAN_LENGTH + 4),
+        *(None,) * (PLAN_LENGTH + 4),
     )
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -22,7 +21,14 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._operators import current_stream
-from l3ext.graph_runtime import GraphRuntime, runtime_device
+from l3ext._runtimes import (
+    ClosedByWith,
+    EndedByWith,
+    placement_sums,
+    runtime_device,
+    tables_in_memory,
+)
+from l3ext.graph_runtime import GraphRuntime
 from l3ext.ledger import Ledger
 from l3ext.near_data import ALWAYS, NEVER, HostTable, NearDataCosts, NearPositions, costs_of
 from l3ext.nn import L3Layer
@@ -109,10 +115,12 @@ class Rows:
         return self.near.attend(queries, scale, y)
 
 
-class Step:
+class Step(EndedByWith):
     """The rows of one step, on their way. Ends with its ``with`` block, or when dropped."""
 
     def __init__(self, runtime: PrefetchRuntime, token_ids: Any) -> None:
+        self._runtime = runtime._native
+        self._runtime.check_home()  # before torch, which may hang in a forked child
         self._device = runtime._device
         plan = make_plan(
             as_ids(token_ids).cpu(),
@@ -154,6 +162,7 @@ class Step:
             ValueError: no such layer.
             RuntimeError: the step has ended, the runtime is closed, or this is a forked child.
         """
+        self._runtime.check_home()
         on_host = self._device.type == "cpu"
         segment_rows = torch.empty(self._num_segments, 2, dtype=torch.int64, pin_memory=not on_host)
         self._native.wait(layer, segment_rows, current_stream(self._device))
@@ -168,25 +177,16 @@ class Step:
     def end(self) -> None:
         """Give the rows' memory back; fetches still on their way are cancelled. Idempotent.
 
-        On a GPU what the current stream has been given so far may still read the rows.
+        On a GPU what the current stream has been given so far may still read the rows. In a forked
+        child this does nothing: the step is its parent's.
         """
-        self._native.end(current_stream(self._device))
+        if self._runtime.is_home:
+            self._native.end(current_stream(self._device))
 
     def __del__(self) -> None:
         if hasattr(self, "_native"):
-            with contextlib.suppress(RuntimeError):  # a forked child has nothing to end
+            with contextlib.suppress(RuntimeError):  # a device that failed
                 self.end()
-
-    def __enter__(self) -> Step:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
 
 
 class _LayerViews:
@@ -211,8 +211,14 @@ class _LayerViews:
         return matrix[:, : self._d_in], matrix[:, self._d_in :]
 
 
-class PrefetchRuntime:
+class PrefetchRuntime(ClosedByWith):
     """Serves the rows of lookup tables that live in RAM or in a table file.
+
+    A runtime belongs to the process that made it. In a child of ``fork`` (``os.fork``, workers of
+    ``multiprocessing`` and of data loaders) its threads are missing: what asks for rows or for the
+    ledger is a ``RuntimeError`` there, at once; :meth:`close`, the ends of ``with`` blocks and of
+    the process do nothing to it, and the parent goes on undisturbed. A child that needs rows opens
+    a runtime of its own, on the same file or the same tables.
 
     Args:
         tables: one :class:`LookupTable` for each layer, nearest layer first (served from where they
@@ -305,15 +311,13 @@ class PrefetchRuntime:
         if mapped and path is None:
             raise ValueError("mapped: expected the path of a table file as tables, got tables")
         file = None
-        if path is None:
-            assert not isinstance(tables, (str, os.PathLike))
-            natives = [table._native() for table in tables]
-        elif mapped:
-            natives = _C.MappedTables(path).tables()
-            verify = verify and not (in_place and self._device.type == "cpu")
+        if path is None or mapped:
+            natives, _ = tables_in_memory(tables)
         else:
             file = _C.TableFile(path, _DIRECT_IO[direct_io], _IO_ENGINE[io_engine])
             natives = file.tables()
+        if mapped:
+            verify = verify and not (in_place and self._device.type == "cpu")
         if not verify and path is not None:
             for table in natives:
                 table.drop_checksums()
@@ -353,13 +357,9 @@ class PrefetchRuntime:
             near_data=bool(near_data) and far and not in_file,
             near_costs=None,
             device=str(self._device),
-            num_layers=len(layers),
             num_workers=num_workers,
             queue_depth=queue_depth,
-            table_bytes=sum(layer["table_bytes"] for layer in layers),
-            hot_bytes=sum(layer["hot_bytes"] for layer in layers),
-            hot_tokens=sum(layer["hot_tokens"] for layer in layers),
-            ring_bytes=sum(layer["ring_bytes"] for layer in layers),
+            **placement_sums(layers),
         )
         self.prefill_chunk = 0 if self.placement.in_place else prefill_chunk
         if self.placement.near_data:
@@ -418,21 +418,11 @@ class PrefetchRuntime:
     def close(self) -> None:
         """End open steps, stop the workers, close the file. Idempotent.
 
-        Rows from :meth:`Step.wait` stay valid memory as long as somebody holds them.
+        Rows from :meth:`Step.wait` stay valid memory as long as somebody holds them. In a forked
+        child this does nothing: the runtime stays its parent's.
         """
         self._native.close()
         self._layers = []
-
-    def __enter__(self) -> PrefetchRuntime:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         place = self.placement

@@ -17,7 +17,7 @@ namespace l3ext::capi {
 
 // A number that no handle of this process, or of one that it was forked from, has had.
 uintptr_t new_handle();
-[[noreturn]] void throw_bad_handle(const char* argument, bool null);
+[[noreturn]] void throw_bad_handle(const char* argument, uintptr_t handle);
 
 // The open objects of one kind. Thread-safe.
 template <typename Handle, typename Object>
@@ -33,7 +33,7 @@ class Handles {
   std::shared_ptr<Object> find(const Handle* handle, const char* argument) {
     const std::scoped_lock lock(mutex_);
     const auto found = objects_.find(reinterpret_cast<uintptr_t>(handle));
-    if (found == objects_.end()) throw_bad_handle(argument, handle == nullptr);
+    if (found == objects_.end()) throw_bad_handle(argument, reinterpret_cast<uintptr_t>(handle));
     return found->second;
   }
 
@@ -42,7 +42,7 @@ class Handles {
     if (handle == nullptr) return nullptr;
     const std::scoped_lock lock(mutex_);
     const auto found = objects_.find(reinterpret_cast<uintptr_t>(handle));
-    if (found == objects_.end()) throw_bad_handle(argument, false);
+    if (found == objects_.end()) throw_bad_handle(argument, reinterpret_cast<uintptr_t>(handle));
     std::shared_ptr<Object> object = std::move(found->second);
     objects_.erase(found);
     return object;
@@ -58,9 +58,12 @@ struct Runtime;
 struct Step;
 
 struct Registry {
-  explicit Registry(pid_t of) : process(of) {}
+  Registry(pid_t of, uintptr_t first, const Registry* from)
+      : process(of), first_handle(first), parent(from) {}
 
   const pid_t process;
+  const uintptr_t first_handle;  // none of this process is smaller
+  const Registry* const parent;  // of the process that it was forked from; null: of none
   Handles<l3ext_tables, Tables> tables;
   Handles<l3ext_runtime, Runtime> runtimes;
   Handles<l3ext_step, Step> steps;

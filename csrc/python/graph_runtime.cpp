@@ -54,14 +54,18 @@ void bind_graph_runtime(py::module_& module) {
                        int64_t cache_bytes, int64_t ring_bytes, bool in_place, int fetch_blocks) {
              std::vector<Table> sources = runtime_tables(tables);
              py::gil_scoped_release release;
-             return std::make_shared<GraphRuntime>(std::move(sources), make_device(device),
-                                                   GraphOptions{.cache_bytes = cache_bytes,
-                                                                .ring_bytes = ring_bytes,
-                                                                .in_place = in_place,
-                                                                .fetch_blocks = fetch_blocks});
+             const GraphOptions options{.cache_bytes = cache_bytes,
+                                        .ring_bytes = ring_bytes,
+                                        .in_place = in_place,
+                                        .fetch_blocks = fetch_blocks};
+             return std::shared_ptr<GraphRuntime>(
+                 new GraphRuntime(std::move(sources), make_device(device), options),
+                 DeleteAtHome());
            }),
            py::arg("tables"), py::arg("device"), py::kw_only(), py::arg("cache_bytes"),
            py::arg("ring_bytes"), py::arg("in_place"), py::arg("fetch_blocks"))
+      .def("check_home", &GraphRuntime::check_home)
+      .def_property_readonly("is_home", &GraphRuntime::is_home)
       .def("begin", begin, py::arg("tokens"), py::arg("num_tokens"), py::arg("step"),
            py::arg("stream"))
       .def(

@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>  // std::optional
 #include <pybind11/stl/filesystem.h>
+#include <sys/types.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -34,33 +36,53 @@ lzw::Parse parse_named(const std::string& name) {
 // A counter that several Python threads may hold: each call has it alone and works without the GIL.
 class SharedCounter {
  public:
-  explicit SharedCounter(lzw::Counter counter) : counter_(std::move(counter)) {}
+  explicit SharedCounter(lzw::Counter counter)
+      : counter_(std::make_unique<lzw::Counter>(std::move(counter))) {}
+  ~SharedCounter() {
+    if (lost()) [[maybe_unused]]
+      auto* left = counter_.release();
+  }
+  SharedCounter(const SharedCounter&) = delete;
+  SharedCounter& operator=(const SharedCounter&) = delete;
 
-  // f(counter) with the lock held and the GIL released.
+  // f(counter) with the counter held and the GIL released.
   template <typename F>
   auto with(F&& f) {
-    check_not_within();
+    check_usable();
     py::gil_scoped_release nogil;
-    const std::lock_guard lock(mutex_);
-    const Owner owner(owner_);
-    return f(counter_);
+    const Hold hold(*this);
+    return f(*counter_);
   }
 
-  // f(counter, other's counter) with both locks held, in an order that cannot deadlock.
+  // f(counter, other's counter) with both held, in an order that cannot deadlock.
   template <typename F>
   void with(SharedCounter& other, F&& f) {
     if (&other == this) return with([&](lzw::Counter& counter) { f(counter, counter); });
-    check_not_within();
-    other.check_not_within();
+    check_usable();
+    other.check_usable();
     py::gil_scoped_release nogil;
-    const std::scoped_lock lock(mutex_, other.mutex_);
-    const Owner owner(owner_), others_owner(other.owner_);
-    f(counter_, other.counter_);
+    const bool first = std::less<>()(this, &other);
+    const Hold one(first ? *this : other), two(first ? other : *this);
+    f(*counter_, *other.counter_);
   }
 
  private:
-  // Only a signal handler that runs inside this thread's own call comes here twice.
-  void check_not_within() const {
+  // A child of fork() got the counter out of the hands of a thread that it does not have: it is in
+  // the midst of a change, and nobody will give it back.
+  bool lost() const {
+    const pid_t holder = holder_.load();
+    return holder != 0 && holder != ::getpid();
+  }
+
+  void check_usable() const {
+    if (lost()) {
+      throw Error(ErrorCode::kRuntime,
+                  concat("LZWCounter: in use by a thread of process ", holder_.load(),
+                         " when fork() made process ", ::getpid(),
+                         ", where it is of no use: fork before or after the call, or load a saved "
+                         "counter in this process"));
+    }
+    // Only a signal handler that runs inside this thread's own call comes here twice.
     if (owner_.load() == std::this_thread::get_id()) {
       throw Error(ErrorCode::kRuntime,
                   "LZWCounter: in use by the call that this signal handler "
@@ -68,20 +90,31 @@ class SharedCounter {
     }
   }
 
-  class Owner {
+  // A lock that knows its process: of a mutex nobody can tell whether its holder is still there.
+  class Hold {
    public:
-    explicit Owner(std::atomic<std::thread::id>& id) : id_(id) { id_ = std::this_thread::get_id(); }
-    ~Owner() { id_ = std::thread::id(); }
-    Owner(const Owner&) = delete;
-    Owner& operator=(const Owner&) = delete;
+    explicit Hold(SharedCounter& shared) : shared_(shared) {
+      const pid_t process = ::getpid();
+      for (pid_t holder = 0; !shared.holder_.compare_exchange_weak(holder, process); holder = 0) {
+        if (holder != 0) shared.holder_.wait(holder);
+      }
+      shared.owner_ = std::this_thread::get_id();
+    }
+    ~Hold() {
+      shared_.owner_ = std::thread::id();
+      shared_.holder_ = 0;
+      shared_.holder_.notify_one();
+    }
+    Hold(const Hold&) = delete;
+    Hold& operator=(const Hold&) = delete;
 
    private:
-    std::atomic<std::thread::id>& id_;
+    SharedCounter& shared_;
   };
 
-  lzw::Counter counter_;
-  std::mutex mutex_;
-  std::atomic<std::thread::id> owner_;
+  std::unique_ptr<lzw::Counter> counter_;
+  std::atomic<pid_t> holder_ = 0;       // the process whose thread has it; 0: nobody
+  std::atomic<std::thread::id> owner_;  // that thread
 };
 
 template <typename T>

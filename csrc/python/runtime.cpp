@@ -348,6 +348,8 @@ void bind_prefetcher(py::module_& module) {
             self.use_near_data(NearDataCosts{fetch_us_per_byte, attend_us, attend_us_per_byte});
           },
           py::arg("fetch_us_per_byte"), py::arg("attend_us"), py::arg("attend_us_per_byte"))
+      .def("check_home", &Prefetcher::check_home)
+      .def_property_readonly("is_home", &Prefetcher::is_home)
       .def("close", &Prefetcher::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("ledger", &Prefetcher::ledger)
       .def("placement", [](const Prefetcher& self) {

@@ -73,7 +73,8 @@ class Device {
   // Memory for rows, aligned to 256 bytes or more; throws kRuntime.
   virtual void* allocate(size_t bytes) = 0;
   virtual void deallocate(void* memory, size_t bytes) noexcept = 0;  // after all work on it
-  // Host memory aligned to 4096 bytes that copies read at full speed; throws kRuntime.
+  // Host memory aligned to 4096 bytes that copies read at full speed, and that no child of fork()
+  // has; throws kRuntime.
   virtual void* allocate_staging(size_t bytes) = 0;
   virtual void deallocate_staging(void* memory, size_t bytes) noexcept = 0;
   // Makes existing host memory readable by copies at full speed for as long as the result lives;

@@ -24,7 +24,7 @@ FileReader::FileReader(std::string path, DirectIo direct_io, IoEngine engine)
   if (engine != IoEngine::kPread) uring_ = why_no_uring().empty();
   if (uring_required_ && !uring_) {
     throw Error(ErrorCode::kRuntime, concat("io_engine: expected a system with io_uring, got \"",
-                                            why_no_uring(), "\"; pass \"pread\" or \"auto\""));
+                                            why_no_uring(), "\"; pread and auto read without it"));
   }
   open();
   struct stat status;

@@ -149,6 +149,7 @@ std::shared_ptr<DeviceBuffer> GraphRuntime::upload(const std::vector<int64_t>& v
 
 void GraphRuntime::begin(const int32_t* tokens, const int32_t* num_tokens, int64_t most_tokens,
                          const void* step, void* stream) {
+  check_home();
   const std::scoped_lock lock(mutex_);
   step_ = step;
   joined_ = 0;
@@ -183,6 +184,7 @@ void GraphRuntime::begin(const int32_t* tokens, const int32_t* num_tokens, int64
 }
 
 void GraphRuntime::wait(int64_t layer, const void* step, void* stream) {
+  check_home();
   check_layer(layer);
   const std::scoped_lock lock(mutex_);
   if (step != step_ || step == nullptr) {
@@ -195,6 +197,7 @@ void GraphRuntime::wait(int64_t layer, const void* step, void* stream) {
 }
 
 void GraphRuntime::end(const void* step, void* stream) {
+  if (!is_home()) return;
   const std::scoped_lock lock(mutex_);
   if (step != step_ || step == nullptr) return;
   // The branch has all layers in order: its last point is after all others.

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <vector>
 
+#include "core/home_process.hpp"
 #include "runtime/device.hpp"
 #include "runtime/table.hpp"
 
@@ -24,7 +25,8 @@ struct GraphOptions {
 };
 
 // One step at a time: a step begins where all work of the one before stands in its stream, or in a
-// stream that its own has waited for. Thread-safe, for what that is worth then.
+// stream that its own has waited for. Thread-safe, for what that is worth then. A child of fork()
+// gets an error, and may only let go (see DeleteAtHome).
 class GraphRuntime {
  public:
   struct LayerPlacement {
@@ -36,6 +38,9 @@ class GraphRuntime {
   // Throws kValue, kType, kRuntime. Waits for the device, once.
   GraphRuntime(std::vector<Table> tables, std::shared_ptr<Device> device,
                const GraphOptions& options);
+
+  void check_home() const { home_.check("runtime"); }
+  bool is_home() const { return home_.is_here(); }
 
   int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
   int64_t vocab_size() const { return vocab_size_; }
@@ -50,7 +55,8 @@ class GraphRuntime {
   // `stream` goes on when the layer's directory holds where the rows of the step's tokens are.
   // Throws kRuntime where another step has begun since.
   void wait(int64_t layer, const void* step, void* stream);
-  // Joins what nobody waited for, as a capture must; of a step that is over: nothing. Idempotent.
+  // Joins what nobody waited for, as a capture must; of a step that is over, and in a child of
+  // fork(): nothing. Idempotent.
   void end(const void* step, void* stream);
 
   // int64 [V], the address of each token's rows.
@@ -73,6 +79,7 @@ class GraphRuntime {
   std::shared_ptr<DeviceBuffer> upload(const std::vector<int64_t>& values, CopyQueue& queue) const;
   void check_layer(int64_t layer) const;
 
+  const HomeProcess home_;
   const GraphOptions options_;
   const std::shared_ptr<Device> device_;
   int64_t vocab_size_ = 0;

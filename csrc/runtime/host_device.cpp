@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/error.hpp"
+#include "runtime/near_memory.hpp"
 
 namespace l3ext {
 namespace {
@@ -42,6 +43,12 @@ void* HostDevice::allocate(size_t bytes) {
 
 void HostDevice::deallocate(void* memory, size_t bytes) noexcept {
   ::munmap(memory, std::max<size_t>(bytes, 1));
+}
+
+void* HostDevice::allocate_staging(size_t bytes) {
+  void* memory = allocate(bytes);
+  keep_from_children(memory, std::max<size_t>(bytes, 1));
+  return memory;
 }
 
 std::unique_ptr<CopyQueue> HostDevice::make_queue() { return std::make_unique<HostQueue>(); }

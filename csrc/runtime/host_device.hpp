@@ -8,14 +8,14 @@
 
 namespace l3ext {
 
-class HostDevice final : public Device {
+class HostDevice : public Device {
  public:
   std::string name() const override { return "cpu"; }
   int index() const override { return 0; }
   bool is_host() const override { return true; }
   void* allocate(size_t bytes) override;
   void deallocate(void* memory, size_t bytes) noexcept override;
-  void* allocate_staging(size_t bytes) override { return allocate(bytes); }
+  void* allocate_staging(size_t bytes) override;
   void deallocate_staging(void* memory, size_t bytes) noexcept override {
     deallocate(memory, bytes);
   }

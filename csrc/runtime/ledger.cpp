@@ -63,7 +63,7 @@ std::vector<int> assign_lanes(std::vector<StepRecord>& steps) {
 }  // namespace
 
 void Ledger::add(StepRecord record) {
-  const std::scoped_lock lock(mutex_);
+  const auto held = lock();
   ++totals_.steps;
   for (const LayerRecord& layer : record.layers) {
     totals_.tokens += layer.tokens;
@@ -106,21 +106,26 @@ void Ledger::settle() const {
   std::erase_if(stalls_, [&](const auto& stall) { return settled(stall, totals_.exposed_ns); });
 }
 
+std::unique_lock<std::mutex> Ledger::lock() const {
+  home_.check("ledger");
+  return std::unique_lock(mutex_);
+}
+
 void Ledger::clear() {
-  const std::scoped_lock lock(mutex_);
+  const auto held = lock();
   steps_.clear();
   stalls_.clear();
   totals_ = {};
 }
 
 std::vector<StepRecord> Ledger::steps() const {
-  const std::scoped_lock lock(mutex_);
+  const auto held = lock();
   settle();
   return {steps_.begin(), steps_.end()};
 }
 
 LedgerTotals Ledger::totals() const {
-  const std::scoped_lock lock(mutex_);
+  const auto held = lock();
   settle();
   return totals_;
 }

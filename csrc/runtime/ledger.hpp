@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/home_process.hpp"
 #include "runtime/device.hpp"
 
 namespace l3ext {
@@ -66,7 +67,8 @@ struct LedgerTotals {
   int64_t exposed_ns = 0;
 };
 
-// Thread-safe. Keeps the last `capacity` steps; the totals count all of them.
+// Thread-safe. Keeps the last `capacity` steps; the totals count all of them. In a child of fork()
+// all but now() throws kRuntime.
 class Ledger {
  public:
   explicit Ledger(int64_t capacity) : capacity_(capacity) {}
@@ -91,7 +93,9 @@ class Ledger {
   const std::chrono::steady_clock::time_point epoch_ = std::chrono::steady_clock::now();
   const int64_t capacity_;
   void settle() const;  // with mutex_ held
+  std::unique_lock<std::mutex> lock() const;
 
+  const HomeProcess home_;
   mutable std::mutex mutex_;
   mutable std::deque<StepRecord> steps_;
   mutable LedgerTotals totals_;

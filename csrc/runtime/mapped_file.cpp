@@ -29,7 +29,7 @@ constexpr auto kWatchInterval = std::chrono::milliseconds(200);
 }  // namespace
 
 MappedFile::MappedFile(std::shared_ptr<const FileReader> file, const MapOptions& options)
-    : file_(std::move(file)), process_(::getpid()), bytes_(static_cast<size_t>(file_->size())) {
+    : file_(std::move(file)), bytes_(static_cast<size_t>(file_->size())) {
   guarded_ = options.guard && take_lease();
   // With a lease the size cannot change any more; without one this is as good as it gets.
   if (const int64_t now = file_->size_now(); now != file_->size()) {
@@ -66,7 +66,7 @@ MappedFile::MappedFile(std::shared_ptr<const FileReader> file, const MapOptions&
 }
 
 MappedFile::~MappedFile() {
-  if (process_ != ::getpid()) {
+  if (!home_.is_here()) {
     [[maybe_unused]] auto* left = watcher_.release();  // a child of fork() does not have the thread
   } else if (watcher_) {
     {
@@ -79,7 +79,7 @@ MappedFile::~MappedFile() {
   ::munmap(data_, bytes_);
 }
 
-bool MappedFile::guarded() const { return guarded_ && process_ == ::getpid(); }
+bool MappedFile::guarded() const { return guarded_ && home_.is_here(); }
 
 bool MappedFile::take_lease() const {
   // A lease that is broken raises a signal, SIGIO unless told otherwise, which by default ends the

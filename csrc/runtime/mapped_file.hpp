@@ -10,8 +10,6 @@
 // the mapping was. Pointers into it stay valid and see the bytes as they were.
 #pragma once
 
-#include <sys/types.h>
-
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
@@ -20,6 +18,7 @@
 #include <mutex>
 #include <thread>
 
+#include "core/home_process.hpp"
 #include "runtime/file_reader.hpp"
 
 namespace l3ext {
@@ -51,7 +50,7 @@ class MappedFile {
   bool copy();
 
   const std::shared_ptr<const FileReader> file_;
-  const pid_t process_;
+  const HomeProcess home_;
   std::byte* data_ = nullptr;
   size_t bytes_ = 0;
   std::atomic<bool> guarded_{false};

@@ -51,6 +51,10 @@ int numa_node_of(const std::string& pci_bus_id, const std::string& devices) {
   return file >> node && node >= 0 ? node : -1;
 }
 
+void keep_from_children(void* memory, size_t bytes) noexcept {
+  ::madvise(memory, bytes, MADV_DONTFORK);
+}
+
 void* map_near(size_t bytes, int numa_node) {
   const size_t length = mapped_bytes(bytes);
   void* memory =
@@ -60,6 +64,7 @@ void* map_near(size_t bytes, int numa_node) {
                 concat("cannot allocate ", bytes, " bytes of host memory: ", std::strerror(errno)));
   }
   prefer_node(memory, length, numa_node);
+  keep_from_children(memory, length);
   advise_huge_pages(memory, length);
   const size_t chunks = (length + kTouchedAtOnce - 1) / kTouchedAtOnce;
   const int threads =

@@ -76,7 +76,7 @@ class PreadThreads::Queue final : public ReadQueue {
     results_->complete.reserve(static_cast<size_t>(depth));
   }
   ~Queue() override {
-    if (process_ != ::getpid()) {  // see ~PreadThreads
+    if (!home_.is_here()) {  // see ~PreadThreads
       [[maybe_unused]] auto* left = results_.release();
       return;
     }
@@ -108,14 +108,13 @@ class PreadThreads::Queue final : public ReadQueue {
   Shared& shared_;
   std::unique_ptr<Results> results_;
   int on_their_way_ = 0;
-  const pid_t process_ = ::getpid();
+  const HomeProcess home_;
 };
 
-PreadThreads::PreadThreads(int fd)
-    : fd_(fd), process_(::getpid()), shared_(std::make_unique<Shared>()) {}
+PreadThreads::PreadThreads(int fd) : fd_(fd), shared_(std::make_unique<Shared>()) {}
 
 PreadThreads::~PreadThreads() {
-  if (process_ != ::getpid()) {
+  if (!home_.is_here()) {
     // A child of fork() has neither the threads nor, perhaps, a mutex in a usable state.
     [[maybe_unused]] auto* left = shared_.release();
     return;
@@ -130,6 +129,7 @@ PreadThreads::~PreadThreads() {
 
 std::unique_ptr<ReadQueue> PreadThreads::make_queue(int depth) {
   if (depth == 1) return std::make_unique<CallersQueue>(fd_);
+  home_.check("open file");
   const std::scoped_lock lock(growing_);
   // Signals are for the caller's threads.
   sigset_t all, before;

@@ -1,11 +1,10 @@
 // Many reads at once where there is no io_uring, as in most containers: threads that call pread.
 #pragma once
 
-#include <sys/types.h>
-
 #include <memory>
 #include <mutex>
 
+#include "core/home_process.hpp"
 #include "runtime/read_queue.hpp"
 
 namespace l3ext {
@@ -20,7 +19,7 @@ class PreadThreads {
   PreadThreads& operator=(const PreadThreads&) = delete;
 
   // The threads outlive the queue. A queue of depth 1 needs none: pop() reads. Thread-safe; throws
-  // kRuntime where threads are lacking.
+  // kRuntime where threads are lacking, and in a child of fork().
   std::unique_ptr<ReadQueue> make_queue(int depth);
 
  private:
@@ -28,7 +27,7 @@ class PreadThreads {
   class Queue;
 
   const int fd_;
-  const pid_t process_;
+  const HomeProcess home_;
   std::mutex growing_;
   std::unique_ptr<Shared> shared_;
 };

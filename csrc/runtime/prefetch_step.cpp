@@ -1,6 +1,4 @@
 // The life of a step: begin, wait, end.
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <utility>
@@ -36,8 +34,9 @@ std::vector<int64_t> sort_and_count(std::vector<int32_t>& tokens) {
 
 Prefetcher::Step Prefetcher::begin(const std::shared_ptr<Prefetcher>& self,
                                    std::span<const int32_t> token_ids) {
-  self->check_process();
-  auto state = std::make_shared<StepState>();
+  self->check_home();
+  // Workers write to it: in a child of fork() it may be in the midst of that.
+  const std::shared_ptr<StepState> state(new StepState, DeleteAtHome());
   state->record.begin_ns = self->ledger_->now();
   for (size_t i = 0; i < token_ids.size(); ++i) {
     L3EXT_CHECK(token_ids[i] >= 0 && token_ids[i] < self->vocab_size_, "token_ids[", i,
@@ -316,7 +315,7 @@ void Prefetcher::retire(Fetch& fetch) {
 // --- the handle --------------------------------------------------------------------------------
 
 Prefetcher::Step::~Step() {
-  if (!state_ || prefetcher_->process_ != ::getpid()) return;
+  if (!state_) return;  // moved from
   try {
     end();
   } catch (...) {
@@ -328,7 +327,7 @@ std::span<const int32_t> Prefetcher::Step::tokens() const { return state_->token
 
 void Prefetcher::Step::wait(int64_t layer, void* stream, const std::function<bool()>& interrupted) {
   Prefetcher& prefetcher = *prefetcher_;
-  prefetcher.check_process();
+  prefetcher.check_home();
   prefetcher.check_layer(layer);
   const StepLayer& step = state_->layers[static_cast<size_t>(layer)];
   const Ledger& ledger = *prefetcher.ledger_;
@@ -368,22 +367,19 @@ void Prefetcher::Step::wait(int64_t layer, void* stream, const std::function<boo
 
 std::shared_ptr<DeviceBuffer> Prefetcher::Step::rows(int64_t layer) const {
   prefetcher_->check_layer(layer);
-  const std::scoped_lock lock(prefetcher_->mutex_);
-  check_open();
+  const auto lock = lock_open();
   return state_->layers[static_cast<size_t>(layer)].fetch->target;
 }
 
 bool Prefetcher::Step::spilled(int64_t layer) const {
   prefetcher_->check_layer(layer);
-  const std::scoped_lock lock(prefetcher_->mutex_);
-  check_open();
+  const auto lock = lock_open();
   return state_->layers[static_cast<size_t>(layer)].fetch->record.spilled;
 }
 
 void Prefetcher::Step::segment_rows(int64_t layer, int64_t* rows) const {
   prefetcher_->check_layer(layer);
-  const std::scoped_lock lock(prefetcher_->mutex_);
-  check_open();
+  const auto lock = lock_open();
   const StepLayer& step = state_->layers[static_cast<size_t>(layer)];
   const RowOwners& owners = *step.fetch->layer->table.owners;
   for (size_t s = 0; s < state_->tokens.size(); ++s) {
@@ -395,8 +391,7 @@ void Prefetcher::Step::segment_rows(int64_t layer, int64_t* rows) const {
 
 std::vector<int64_t> Prefetcher::Step::near_segments(int64_t layer) const {
   prefetcher_->check_layer(layer);
-  const std::scoped_lock lock(prefetcher_->mutex_);
-  check_open();
+  const auto lock = lock_open();
   const std::vector<bool>& near = state_->layers[static_cast<size_t>(layer)].near;
   std::vector<int64_t> segments;
   for (size_t s = 0; s < near.size(); ++s) {
@@ -406,7 +401,7 @@ std::vector<int64_t> Prefetcher::Step::near_segments(int64_t layer) const {
 }
 
 void Prefetcher::Step::end(void* stream) {
-  prefetcher_->check_process();
+  if (!prefetcher_->is_home()) return;
   std::exception_ptr error;
   {
     const std::scoped_lock lock(prefetcher_->mutex_);
@@ -421,6 +416,13 @@ void Prefetcher::Step::end(void* stream) {
   }
   prefetcher_->done_.notify_all();  // somebody may be waiting for it
   if (error) std::rethrow_exception(error);
+}
+
+std::unique_lock<std::mutex> Prefetcher::Step::lock_open() const {
+  prefetcher_->check_home();
+  std::unique_lock lock(prefetcher_->mutex_);
+  check_open();
+  return lock;
 }
 
 void Prefetcher::Step::check_open() const {

@@ -1,7 +1,5 @@
 #include "runtime/prefetcher.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <utility>
 
@@ -15,12 +13,8 @@ namespace l3ext {
 std::shared_ptr<Prefetcher> Prefetcher::create(std::vector<Table> tables,
                                                std::shared_ptr<Device> device,
                                                const PrefetchOptions& options) {
-  // A child of fork() has no workers, and locks and condition variables in whatever state they were
-  // in: there, leaving the object alone is the only safe end.
   std::shared_ptr<Prefetcher> self(new Prefetcher(std::move(tables), std::move(device), options),
-                                   [](Prefetcher* prefetcher) {
-                                     if (prefetcher->process_ == ::getpid()) delete prefetcher;
-                                   });
+                                   DeleteAtHome());
   self->start_workers();
   self->load_hot_sets();
   return self;
@@ -29,7 +23,6 @@ std::shared_ptr<Prefetcher> Prefetcher::create(std::vector<Table> tables,
 Prefetcher::Prefetcher(std::vector<Table> tables, std::shared_ptr<Device> device,
                        const PrefetchOptions& options)
     : options_(options),
-      process_(::getpid()),
       device_(std::move(device)),
       ledger_(std::make_shared<Ledger>(options.record_steps)) {
   L3EXT_CHECK(!tables.empty(), "tables: expected at least one, got none");
@@ -145,7 +138,7 @@ void Prefetcher::wait_for_the_device() noexcept {
 }
 
 void Prefetcher::close() {
-  check_process();
+  if (!home_.is_here()) return;
   {
     const std::scoped_lock lock(mutex_);
     if (closed_) return;
@@ -169,21 +162,12 @@ void Prefetcher::close() {
 
 // --- what callers may ask ----------------------------------------------------------------------
 
-void Prefetcher::check_process() const {
-  if (process_ == ::getpid()) return;
-  throw Error(
-      ErrorCode::kRuntime,
-      concat("this runtime belongs to process ", process_, " and came to process ", ::getpid(),
-             " through fork(), which leaves its workers behind; make a new one "
-             "here"));
-}
-
 void Prefetcher::check_open() const {
   if (closed_) throw Error(ErrorCode::kRuntime, "the runtime is closed");
 }
 
 void Prefetcher::use_near_data(const std::optional<NearDataCosts>& costs) {
-  check_process();
+  check_home();
   if (costs) check_costs(*costs);
   const std::scoped_lock lock(mutex_);
   check_open();
@@ -199,7 +183,7 @@ void Prefetcher::use_near_data(const std::optional<NearDataCosts>& costs) {
 }
 
 std::shared_ptr<DeviceBuffer> Prefetcher::arena(int64_t layer) const {
-  check_process();
+  check_home();
   check_layer(layer);
   const std::scoped_lock lock(mutex_);
   check_open();

@@ -18,10 +18,10 @@
 // end() marks the point of the stream after which rows may be overwritten, and copies start there.
 //
 // Everything is thread-safe. Ownership: a Step keeps the Prefetcher's memory alive, a DeviceBuffer
-// keeps itself; close() stops the workers, and what comes after gets an error.
+// keeps itself; close() stops the workers, and what comes after gets an error. In a child of fork()
+// everything gets one at once, but for what lets go, close(), end() and destructors: they do
+// nothing there, and what they would have given back stays the parent's.
 #pragma once
-
-#include <sys/types.h>
 
 #include <condition_variable>
 #include <cstdint>
@@ -36,6 +36,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "core/home_process.hpp"
 #include "runtime/device.hpp"
 #include "runtime/ledger.hpp"
 #include "runtime/near_data.hpp"
@@ -87,6 +88,10 @@ class Prefetcher {
   // Stops the workers and lets go of tables and arenas, once the device has read what ended steps
   // left it. Open steps end, and nothing may be reading their rows. Idempotent.
   void close();
+
+  // Throws kRuntime in a child of fork(). For callers who would otherwise do something first.
+  void check_home() const { home_.check("runtime"); }
+  bool is_home() const { return home_.is_here(); }
 
   struct LayerPlacement {
     int64_t table_bytes = 0;
@@ -141,11 +146,10 @@ class Prefetcher {
   void retire(Fetch& fetch);
   void check_open() const;
 
-  void check_process() const;
   void check_layer(int64_t layer) const;
 
   const PrefetchOptions options_;
-  const pid_t process_;
+  const HomeProcess home_;
   const std::shared_ptr<Device> device_;
   const std::shared_ptr<Ledger> ledger_;
   int64_t vocab_size_ = 0;
@@ -202,6 +206,8 @@ class Prefetcher::Step {
   Step(std::shared_ptr<Prefetcher> prefetcher, std::shared_ptr<StepState> state)
       : prefetcher_(std::move(prefetcher)), state_(std::move(state)) {}
   void check_open() const;  // with the prefetcher's mutex_ held
+  // That mutex, of a step that is open.
+  std::unique_lock<std::mutex> lock_open() const;
 
   std::shared_ptr<Prefetcher> prefetcher_;
   std::shared_ptr<StepState> state_;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/error.hpp"
+#include "core/home_process.hpp"
 #include "runtime/read_queue.hpp"
 
 #if defined(L3EXT_HAVE_IO_URING)
@@ -146,7 +147,7 @@ class UringQueue final : public ReadQueue {
  public:
   UringQueue(int fd, int depth) : fd_(fd), ring_(static_cast<unsigned>(depth)) {}
   ~UringQueue() override {
-    if (process_ != ::getpid()) return;  // a child of fork(): they are its parent's reads
+    if (!home_.is_here()) return;  // a child of fork(): they are its parent's reads
     io_uring_cqe entry;
     while (on_their_way_ > 0) {
       if (ring_.take(entry)) {
@@ -199,7 +200,7 @@ class UringQueue final : public ReadQueue {
   }
 
   const int fd_;
-  const pid_t process_ = ::getpid();
+  const HomeProcess home_;
   Ring ring_;
   unsigned pushed_ = 0;  // and not started
   int on_their_way_ = 0;

@@ -29,14 +29,15 @@ def chunk_length(runtime: Any, config: Any, token_ids: Tensor, kwargs: dict[str,
     In chunks runs what has more positions than ``runtime.prefill_chunk`` over all sequences, keeps
     keys and values in a cache, and has no gradient: only then is a prompt in pieces the same
     computation. What cannot be cut along with the ids (a mask of four dimensions, packed sequences,
-    outputs of every layer) runs whole too.
+    outputs of every layer) runs whole too, and so does a call with a cache under both names: what
+    that is, an error or a warning, transformers says itself.
     """
     limit = runtime.prefill_chunk
     if token_ids.dim() != 2 or not 0 < limit < token_ids.numel():
         return 0
     batch, length = token_ids.shape
     if all(kwargs.get(name) is not None for name in _CACHE_NAMES):
-        return 0  # transformers says what is wrong with that
+        return 0  # which one counts, or that neither does, is for transformers to say
     cache = _cache_of(kwargs)
     use_cache = kwargs.get("use_cache")
     keeps = config.use_cache if use_cache is None else use_cache

@@ -128,8 +128,8 @@ inline std::vector<double> attention(const Example& example, int32_t token, cons
   return y;
 }
 
-inline bool contains(const char* text, const char* part) {
-  return std::strstr(text, part) != nullptr;
+inline bool contains(const char* text, const std::string& part) {
+  return std::strstr(text, part.c_str()) != nullptr;
 }
 
 inline std::string temporary_path(const char* name) {

@@ -2,6 +2,7 @@
 // go of, and what it says when CUDA refuses. Its copies and fences, not its speed.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -20,7 +21,7 @@
 
 namespace l3ext::cuda {
 
-int kernel_copies = 0;
+std::atomic<int> kernel_copies = 0;   // by any worker
 std::function<void()> before_kernel;  // called when its turn comes
 
 // In the place of the kernel, which the fake runtime cannot run.

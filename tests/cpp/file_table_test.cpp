@@ -162,7 +162,8 @@ void where_the_kernel_forbids_io_uring_pread_reads() {
       read_random_ranges(*FileTable(reader, kBase).make_reader(8), file, 2, 100);
       const std::string message =
           EXPECT_THROWS(Error, open(file, {IoEngine::kUring, DirectIo::kAuto}));
-      EXPECT(message.find("io_engine: expected a system with io_uring") != std::string::npos);
+      EXPECT(message == concat("io_engine: expected a system with io_uring, got \"", why_no_uring(),
+                               "\"; pread and auto read without it"));
       return check::failures == 0;
     }));
 }
@@ -388,7 +389,11 @@ void a_child_lets_go_of_its_parents_reader() {
     EXPECT(file.holds(result.data, result.tag * 1000, 1000));
     EXPECT(in_a_child([&] {
       reader.reset();
-      return true;
+      if (mode.engine == IoEngine::kPread) {  // whose threads the child does not have
+        const std::string message = EXPECT_THROWS(Error, table.make_reader(4));
+        EXPECT(message.find("through fork()") != std::string::npos);
+      }
+      return check::failures == 0;
     }));
     for (int i = 0; i < 3; ++i) {
       result = reader->complete();

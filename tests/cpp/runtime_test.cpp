@@ -1,6 +1,3 @@
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -401,35 +398,6 @@ void a_wait_can_be_interrupted() {
   EXPECT(holds_the_rows(step, 0, example));
 }
 
-void a_forked_child_gets_an_error_and_leaves() {
-  const Example example = make_example(20, 3, 8, 8, 12);
-  auto prefetcher = make_prefetcher({ram_table(example)}, {});
-  auto step =
-      std::make_unique<Prefetcher::Step>(Prefetcher::begin(prefetcher, std::vector<int32_t>{1}));
-  const pid_t child = ::fork();
-  if (child == 0) {
-    int refused = 0;
-    try {
-      step->wait(0);
-    } catch (const Error&) {
-      ++refused;
-    }
-    try {
-      Prefetcher::begin(prefetcher, std::vector<int32_t>{1});
-    } catch (const Error&) {
-      ++refused;
-    }
-    step.reset();
-    prefetcher.reset();
-    ::_exit(refused == 2 ? 0 : 1);
-  }
-  int status = -1;
-  EXPECT(::waitpid(child, &status, 0) == child);
-  EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-  step->wait(0);
-  EXPECT(holds_the_rows(*step, 0, example));
-}
-
 void the_ledger_counts_exactly() {
   Example example = make_example(4, 1, 2, 2, 13);  // one row of 16 bytes each
   example.owners->frequency = {0, 0, 7, 0};
@@ -509,7 +477,6 @@ int main() {
   RUN(close_with_open_steps_and_waiters_is_safe);
   RUN(a_step_that_ended_says_so);
   RUN(a_wait_can_be_interrupted);
-  RUN(a_forked_child_gets_an_error_and_leaves);
   RUN(the_ledger_counts_exactly);
   RUN(exposed_time_is_the_part_of_the_fetch_that_was_waited_for);
   return check::failures == 0 ? 0 : 1;

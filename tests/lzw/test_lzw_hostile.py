@@ -1,4 +1,4 @@
-"""Bad ids, bad offsets, bad files, full disks, Ctrl-C: a clear error, and nothing lost."""
+"""Bad ids, bad offsets, bad files, full disks, Ctrl-C, forks: a clear error, and nothing lost."""
 
 import os
 import resource
@@ -15,6 +15,7 @@ import torch
 import l3ext
 from l3ext import _C
 from tests.lzw.helpers import counted, pack, state, zipf_documents
+from tests.run_script import run_script
 
 
 @pytest.fixture
@@ -383,3 +384,82 @@ def test_reading_while_another_thread_counts():
         assert counter.num_tokens in (0, tokens.size)
         assert len(list(counter.codewords(60))) >= 50
     worker.join()
+
+
+# --- fork ---------------------------------------------------------------------------------------
+
+
+# In a child the thread that was in a call is missing. Here it is the one that forks, in a signal's
+# handler within the call, where the counter is in use for certain.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_during_an_update():
+    run_script(
+        """
+        import gc, os, signal
+        import numpy as np
+        import l3ext
+        busy, idle = l3ext.LZWCounter(100), l3ext.LZWCounter(100)
+        tokens = np.random.default_rng(0).integers(0, 100, 1 << 20).astype(np.int32)
+        idle.update(tokens[:1000])
+        def use():
+            global busy
+            uses = [lambda: busy.num_tokens, lambda: busy.update([1]), lambda: busy.merge(idle),
+                    lambda: idle.merge(busy), lambda: busy.save("counter")]
+            for use in uses:
+                try:
+                    use()
+                    return 1
+                except RuntimeError as error:
+                    expected = f"in use by a thread of process {os.getppid()} when fork() made"
+                    assert expected in str(error), error
+            del busy, use, uses
+            gc.collect()
+            idle.update(tokens, threads=2)
+            return 0 if idle.num_tokens == tokens.size + 1000 else 2
+        children = []
+        def fork(*_):
+            try:
+                busy.num_tokens  # between two calls it is free
+                return
+            except RuntimeError:
+                child = os.fork()
+            if child == 0:
+                signal.alarm(100)  # ends a child that hangs
+                status = 3
+                try:
+                    status = use()
+                finally:
+                    os._exit(status)
+            children.append(child)
+        signal.signal(signal.SIGALRM, fork)
+        while not children:
+            signal.setitimer(signal.ITIMER_REAL, 0.002)
+            busy.update(tokens, threads=2)
+        assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+        before = busy.num_tokens
+        busy.update(tokens, threads=2)
+        assert busy.num_tokens == before + tokens.size
+        """
+    )
+
+
+# A counter that nobody uses is the child's own, like any other memory.
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_counts_on():
+    run_script(
+        """
+        import os, signal
+        import numpy as np
+        import l3ext
+        counter = l3ext.LZWCounter(100)
+        tokens = np.random.default_rng(0).integers(0, 100, 1 << 18).astype(np.int32)
+        counter.update(tokens, threads=2)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)  # ends a child that hangs
+            counter.update(tokens, threads=2)
+            os._exit(0 if counter.num_tokens == 2 * tokens.size else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert counter.num_tokens == tokens.size
+        """
+    )

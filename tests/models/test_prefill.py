@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import l3ext
 from l3ext.models.prefill import CACHE_NAME
@@ -159,6 +160,28 @@ def test_what_cannot_be_cut_runs_whole(offloaded, arguments):
     model, runtime = offloaded(10)
     got, expected = model(prompts(), **arguments), make_model()(prompts(), **arguments)
     assert torch.equal(got[0], expected[0])
+    assert runtime.ledger.totals.steps == 1
+
+
+def test_what_to_make_of_two_caches_is_left_to_transformers(offloaded):
+    model, runtime = offloaded(10)
+
+    def run(each):
+        caches = {"cache": DynamicCache(), "past_key_values": DynamicCache()}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                hidden = each.model(prompts(), **caches).last_hidden_state
+            except (TypeError, ValueError) as error:
+                return None, [str(error)], []
+        filled = [cache.get_seq_length() for cache in caches.values()]
+        return hidden, [str(warning.message) for warning in said], filled
+
+    expected_hidden, expected_words, expected_filled = run(make_model())
+    hidden, words, filled = run(model)
+    assert (words, filled) == (expected_words, expected_filled)
+    assert (hidden is None) == (expected_hidden is None)
+    assert hidden is None or torch.equal(hidden, expected_hidden)
     assert runtime.ledger.totals.steps == 1
 
 

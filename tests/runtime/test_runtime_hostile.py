@@ -1,12 +1,9 @@
-"""Bad input, damaged files, forks and closed runtimes: a clear error, and the next step works."""
+"""Bad input, damaged files and closed runtimes: a clear error, and the next step works."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -16,17 +13,11 @@ from safetensors.torch import save_file
 import l3ext
 from l3ext.runtime import PrefetchRuntime
 from l3ext.tables import LookupTable, save_tables
+from tests.run_script import run_script
 from tests.runtime.tables import Owners, make_table, rows_match
 from tests.runtime.test_offload import generate, make_model
 
 VOCAB = 30
-
-
-def run_script(script):
-    """Run Python code in a process of its own, which finds the modules that this one does."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    subprocess.run(command, check=True, timeout=120, env=environment)
 
 
 @pytest.fixture
@@ -207,33 +198,6 @@ def test_damage_at_any_place_is_found(tmp_path):
                     assert rows_match(step.wait(0), table, range(6))
             except OSError as error:
                 assert error.filename == str(path)  # noqa: PT017
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_gets_an_error():
-    run_script(
-        """
-        import os, signal, numpy as np
-        from l3ext.runtime import PrefetchRuntime
-        from tests.runtime.tables import make_table, rows_match
-        table = make_table(30)
-        runtime = PrefetchRuntime([table])
-        step = runtime.begin([1])
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)
-            refused = 0
-            for use in (lambda: runtime.begin([1]), lambda: step.wait(0), runtime.close):
-                try:
-                    use()
-                except RuntimeError as error:
-                    refused += "through fork()" in str(error)
-            del step, runtime
-            os._exit(refused)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-        assert rows_match(step.wait(0), table, [1])
-        """
-    )
 
 
 def test_a_full_disk_leaves_the_old_file(path):

@@ -22,6 +22,11 @@
  * null, one that was closed, and one that came through fork() give L3EXT_ERROR_HANDLE. Closing null
  * does nothing.
  *
+ * fork(). What is open belongs to the process that opened it. In a child every call with its handles
+ * returns at once and changes nothing, close and end included; so does the child's end. The parent
+ * goes on undisturbed. A child opens tables and a runtime of its own. If l3ext_step_attend ran on
+ * several threads before, it runs on one in the child, where OpenMP's threads are missing.
+ *
  * Threads. Every function may be called from any thread at any time, also for one object at once:
  * what a call uses lives until it returns. Signals are left to the program's own threads.
  *

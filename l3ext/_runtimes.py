@@ -1,0 +1,77 @@
+"""What the runtimes share: where they compute, what they serve, and how ``with`` ends them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from l3ext import _C
+from l3ext._operators import check_device
+from l3ext.tables import LookupTable
+
+_Object = TypeVar("_Object")
+
+
+class ClosedByWith:
+    """An object that a ``with`` block closes."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _Object) -> _Object:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class EndedByWith:
+    """A step that a ``with`` block ends."""
+
+    def end(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _Object) -> _Object:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+def runtime_device(device: torch.device | str | None) -> torch.device:
+    """Where attention runs, with the index of a CUDA device; None: the CPU."""
+    place = torch.device("cpu" if device is None else device)
+    check_device(place, "device")
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
+def tables_in_memory(
+    tables: str | os.PathLike[str] | Sequence[LookupTable],
+) -> tuple[list[_C.Table], str | None]:
+    """Native tables, and the path of the file that was mapped if they come from one."""
+    if isinstance(tables, (str, os.PathLike)):
+        path = os.fspath(tables)
+        return _C.MappedTables(path).tables(), path
+    return [table._native() for table in tables], None
+
+
+def placement_sums(layers: list[dict[str, int]]) -> dict[str, int]:
+    """What every placement says of a native runtime's layers together."""
+    facts = ("table_bytes", "hot_bytes", "hot_tokens", "ring_bytes")
+    return {"num_layers": len(layers)} | {fact: sum(at[fact] for at in layers) for fact in facts}
