@@ -101,8 +101,7 @@ struct SegmentedAttentionBackwardParams : SegmentedAttentionInputs {
 // Both throw kValue for a plan that does not fit (positions or rows out of range) before they
 // write anything. Sums are float32 (float64 for float64 inputs), in an order that depends on the
 // segment alone: the same bits on every run, for any thread count and any other tokens beside.
-// (Of bfloat16 by AVX512-BF16 or AMX, whether few or many queries share a segment shows in the
-// bits.)
+// (Of bfloat16 by AVX512-BF16 or AMX, how many queries share a segment shows in the bits.)
 void segmented_attention(const SegmentedAttentionParams& params);
 void segmented_attention_backward(const SegmentedAttentionBackwardParams& params);
 

@@ -116,6 +116,7 @@ std::vector<Shape> shapes() {
     for (const int64_t queries : {1, 5, 11, 17, 30, 65, 97, 128})
       all.push_back({rows, queries, 1024});
   }
+  for (const int64_t queries : {3, 15, 26, 31, 63}) all.push_back({9, queries, 4100});
   return all;
 }
 

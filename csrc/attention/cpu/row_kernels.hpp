@@ -98,8 +98,8 @@ struct RowKernels {
   void (*pack)(const Query<T>* const* x, int64_t queries, int64_t depth, Acc* packed);
 
   // scores[r * padded(queries) + q] = scale * dot(query q, row r) over `depth` elements. Each
-  // product is summed along the depth; only the kernels of AVX512-BF16 and AMX sum few queries'
-  // otherwise than many's.
+  // product is summed along the depth; only the kernels of AVX512-BF16 and AMX sum some queries'
+  // otherwise than others'.
   void (*scores)(RowBlock<T> rows, const Acc* packed, int64_t queries, int64_t depth, Acc scale,
                  const Ahead<T>& ahead, Acc* scores);
 

@@ -60,8 +60,7 @@ inline void multiply_tiles(const BFloat16* a, int64_t a_stride, int64_t rows,
 // would save their 8 KiB.
 class BlockProduct {
  public:
-  static constexpr int64_t kQueries = 16;     // that all lanes of a tile take
-  static constexpr int64_t kPairQueries = 8;  // up to so many beside them meet rows in pairs
+  static constexpr int64_t kQueries = 16, kPairQueries = 8, kFewQueries = 8;
 
   BlockProduct() = default;
   BlockProduct(const BlockProduct&) = delete;

@@ -59,8 +59,7 @@ void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefet
 // See row_kernels_bf16.inl.
 class BlockProduct {
  public:
-  static constexpr int64_t kQueries = 32;      // that all lanes of a block take
-  static constexpr int64_t kPairQueries = 31;  // up to so many beside them meet rows in pairs
+  static constexpr int64_t kQueries = 32, kPairQueries = 31, kFewQueries = 16;
 
   void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const Prefetches& prefetches,
                   const float* b, int64_t b_stride, int64_t columns, int64_t depth, bool add,

@@ -9,9 +9,12 @@
 // holds pairs: b[k / 2][j] is b[k][j] and b[k + 1][j] in one word. `prefetches`: what
 // to ask memory for meanwhile.
 //
-// Scores of many queries are table rows, read where they are, times packed queries. Few queries
-// meet a row in products of pairs side by side, which are summed across lanes in the end: the rows
-// pass one after the other, as memory gives them fastest. Sums are weights, rounded to bfloat16 as
+// and BlockProduct::kQueries, whose lanes fill a block; kPairQueries, the most beside full blocks
+// that meet rows in products of pairs; kFewQueries, up to which memory is what takes time.
+//
+// Scores of many queries are table rows, read where they are, times packed queries. Those that fill
+// no block meet a row in products of pairs side by side, which are summed across lanes in the end.
+// Sums are weights, rounded to bfloat16 as
 // on a GPU, times table rows whose neighbours are interleaved into pairs in a buffer. What does not
 // fill a block is copied beside zeros: nothing past a row, or past the last, is read. Sums of few
 // outputs, and of other columns than kWords at a time, are left to the kernels of avx512.
@@ -42,9 +45,6 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-
-// Up to so many queries, memory is what takes time.
-constexpr int64_t kFewQueries = 16;
 
 // --- blocks in registers ------------------------------------------------------------------------
 
@@ -83,14 +83,16 @@ inline __m512i load_elements(const BFloat16* from, int64_t count) {
 
 // Queries that meet rows in products of blocks, the lanes beside the last among them. The others,
 // the last ones, meet them in products of pairs.
-int64_t in_panels(int64_t queries) {
+constexpr int64_t in_panels(int64_t queries) {
   const int64_t rest = queries % BlockProduct::kQueries;
   return rest <= BlockProduct::kPairQueries ? queries - rest : round_up(queries, kWords);
 }
 
+static_assert(in_panels(BlockProduct::kFewQueries) == 0);
+
 int64_t packed_elements(int64_t queries, int64_t depth) {
-  return round_up(depth, kDepth) / 2 *
-         (queries > in_panels(queries) ? queries : in_panels(queries));
+  const int64_t panels = in_panels(queries);
+  return round_up(depth, kDepth) / 2 * (queries > panels ? queries : panels);
 }
 
 // In panels: packed[k / 2][q] are elements k and k + 1 of query q, with zeros beside the queries
@@ -118,11 +120,9 @@ void pack(const BFloat16* const* x, int64_t queries, int64_t depth, float* packe
   }
 }
 
-// --- scores, a product of pairs for each
-// ----------------------------------------------------------
+// --- scores by products of pairs ----------------------------------------------------------------
 
-// Sums across the lanes of each: those of sums[r][q] come to lane 4 r + q, zeros where there is no
-// q.
+// The sum across the lanes of sums[r][q] in lane 4 r + q; zeros where there is no q.
 template <int kQueries>
 inline __m512 sums_of_lanes(const __m512 (&sums)[4][kQueries]) {
   __m512 quarters[4] = {};  // of query q: four sums for every row, a quarter of the lanes each
@@ -200,17 +200,17 @@ inline void score_pairs(const RowBlock<BFloat16>& rows, const BFloat16* const* a
 // How many rows ahead they are asked for: some 10 KiB.
 constexpr int64_t kRowsAhead = 4;
 
-// `distance` rows on, rows are asked for. Writes zeros to the lanes beside the queries.
+// At most kWords queries; zeros in the lanes beside them. `distance` rows on, rows are asked for.
 void score_all_pairs(const RowBlock<BFloat16>& rows, const float* packed, int64_t queries,
                      int64_t depth, float scale, int64_t distance, const Ahead<BFloat16>& ahead,
                      float* scores, int64_t ld) {
-  const int64_t stride = round_up(depth, kDepth) / 2, last = (queries - 1) / kWords * kWords;
+  const int64_t stride = round_up(depth, kDepth) / 2;
   int64_t r = 0;
   const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
     const BFloat16* after[kRows];
     for (int i = 0; i < kRows; ++i) {
       after[i] = row_ahead(rows, r + i + distance, ahead.next);
-      _mm512_storeu_ps(scores + (r + i) * ld + last, _mm512_setzero_ps());
+      _mm512_storeu_ps(scores + (r + i) * ld, _mm512_setzero_ps());
     }
     const RowBlock<BFloat16> some = {rows.row(r), rows.stride, kRows};
     const auto against = [&]<int kQueries>(std::integral_constant<int, kQueries>, int64_t q) {
@@ -222,19 +222,10 @@ void score_all_pairs(const RowBlock<BFloat16>& rows, const float* packed, int64_
     const int64_t blocks = (queries + 3) / 4;
     for (int64_t i = 0, begin = 0; i < blocks; ++i) {
       const int64_t end = queries * (i + 1) / blocks;
-      switch (end - begin) {
-        case 1:
-          against(std::integral_constant<int, 1>{}, begin);
-          break;
-        case 2:
-          against(std::integral_constant<int, 2>{}, begin);
-          break;
-        case 3:
-          against(std::integral_constant<int, 3>{}, begin);
-          break;
-        default:
-          against(std::integral_constant<int, 4>{}, begin);
-      }
+      if (end - begin == 1) against(std::integral_constant<int, 1>{}, begin);
+      if (end - begin == 2) against(std::integral_constant<int, 2>{}, begin);
+      if (end - begin == 3) against(std::integral_constant<int, 3>{}, begin);
+      if (end - begin == 4) against(std::integral_constant<int, 4>{}, begin);
       begin = end;
     }
     r += kRows;
@@ -244,13 +235,12 @@ void score_all_pairs(const RowBlock<BFloat16>& rows, const float* packed, int64_
   if (r < rows.count) run(std::integral_constant<int, 1>{});
 }
 
-// --- scores
-// ---------------------------------------------------------------------------------------
+// --- scores -------------------------------------------------------------------------------------
 
 void scores(RowBlock<BFloat16> rows, const float* packed, int64_t queries, int64_t depth,
             float scale, const Ahead<BFloat16>& ahead, float* out) {
   const int64_t ld = round_up(queries, kWords);
-  if (queries <= kFewQueries) {
+  if (queries <= BlockProduct::kFewQueries) {
     return score_all_pairs(rows, packed, queries, depth, scale, smaller(rows.count, kRowsAhead),
                            {ahead.next}, out, ld);
   }
@@ -292,11 +282,10 @@ void scores(RowBlock<BFloat16> rows, const float* packed, int64_t queries, int64
         store(load(block + i * ld + q) * scale, block + i * ld + q);
       }
     }
-    // Queries whose elements stay in the first-level cache while rows pass.
-    const int64_t some = smaller(32768 / (2 * depth) / 4 * 4 + 4, 16);
-    for (int64_t q = panels; q < queries; q += some) {
+    // A vector of queries, which stay in the first-level cache while rows pass.
+    for (int64_t q = panels; q < queries; q += kWords) {
       score_all_pairs(rows.part(r, r + count), pairs + (q - panels) * round_up(depth, kDepth) / 2,
-                      smaller(some, queries - q), depth, scale, q == 0 ? count : 0,
+                      smaller(kWords, queries - q), depth, scale, q == 0 ? count : 0,
                       {after, ahead.wanted}, block + q, ld);
     }
   }
@@ -410,7 +399,7 @@ const RowKernels<BFloat16>& table() {
     all.query_block = kOutputs;
     all.backward_block = kOutputs / 2;
     all.asks_for_wanted = true;
-    all.few_queries = kFewQueries;
+    all.few_queries = BlockProduct::kFewQueries;
     all.packed_elements = packed_elements;
     all.pack = pack;
     all.scores = scores;
