@@ -43,11 +43,12 @@ Schedule make_schedule(const std::vector<Unit>& units, int64_t few_queries, int6
   std::vector<int32_t> order = longest_first(units);
   const auto few = std::stable_partition(
       order.begin(), order.end(), [&](int32_t i) { return units[i].queries() > few_queries; });
-  const auto products = [&](int32_t i) {
-    return units[i].rows() * (units[i].queries() - few_queries);
+  // Products beyond those that take about as long as reading the unit's own rows.
+  const auto spare = [&](int32_t i) {
+    return static_cast<double>(units[i].rows() * (units[i].queries() - few_queries));
   };
-  double all_products = 0, all_rows = 0;
-  for (auto i = order.begin(); i != few; ++i) all_products += static_cast<double>(products(*i));
+  double all_spare = 0, all_rows = 0;
+  for (auto i = order.begin(); i != few; ++i) all_spare += spare(*i);
   for (auto i = few; i != order.end(); ++i) all_rows += static_cast<double>(units[*i].rows());
 
   Schedule schedule;
@@ -57,7 +58,7 @@ Schedule make_schedule(const std::vector<Unit>& units, int64_t few_queries, int6
   for (auto i = order.begin(); i != few; ++i) {
     schedule.tasks.push_back(std::ssize(schedule.units));
     schedule.units.push_back(*i);
-    share += all_rows * static_cast<double>(products(*i)) / std::max(all_products, 1.0);
+    share += all_rows * spare(*i) / std::max(all_spare, 1.0);
     for (int64_t rows = 0; rider != order.end() && taken < share && rows < rider_rows; ++rider) {
       schedule.units.push_back(*rider);
       rows += units[*rider].rows();
