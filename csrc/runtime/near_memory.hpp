@@ -12,8 +12,8 @@ namespace l3ext {
 int numa_node_of(const std::string& pci_bus_id,
                  const std::string& devices = "/sys/bus/pci/devices");
 
-// Leaves whole pages out of what a child of fork() gets. By open(2), a read with O_DIRECT that is on
-// its way while the process forks may otherwise end in a page of the child's instead of ours.
+// Leaves whole pages out of what a child of fork() gets. By open(2), a read with O_DIRECT that is
+// on its way while the process forks may otherwise end in a page of the child's instead of ours.
 void keep_from_children(void* memory, size_t bytes) noexcept;
 
 // Page-aligned zeros that no child of fork() gets, every page touched by several threads, on node
