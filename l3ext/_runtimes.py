@@ -16,39 +16,39 @@ from l3ext.tables import LookupTable
 _Object = TypeVar("_Object")
 
 
-class ClosedByWith:
+class _LeftByWith:
+    def _leave(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _Object) -> _Object:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave()
+
+
+class ClosedByWith(_LeftByWith):
     """An object that a ``with`` block closes."""
 
     def close(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self: _Object) -> _Object:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _leave(self) -> None:
         self.close()
 
 
-class EndedByWith:
+class EndedByWith(_LeftByWith):
     """A step that a ``with`` block ends."""
 
     def end(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self: _Object) -> _Object:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _leave(self) -> None:
         self.end()
 
 

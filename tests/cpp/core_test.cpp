@@ -1,6 +1,9 @@
 #include <unistd.h>
 
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -10,6 +13,7 @@
 #include "core/checksum.hpp"
 #include "core/cpu_features.hpp"
 #include "core/error.hpp"
+#include "core/scratch.hpp"
 
 using l3ext::Error;
 
@@ -74,6 +78,19 @@ void an_instruction_set_holds_all_before_it() {
   EXPECT(l3ext::cpu_runs(l3ext::active_cpu_isa()));
 }
 
+void scratch_is_kept_until_it_must_grow() {
+  l3ext::Scratch scratch;
+  std::byte* small = scratch.get(100);
+  std::memset(small, 1, 100);
+  EXPECT(reinterpret_cast<uintptr_t>(small) % l3ext::Carver::kAlignment == 0);
+  EXPECT(scratch.get(0) == small && scratch.get(4096) == small);
+  constexpr size_t kLarge = size_t{3} << 20;
+  std::memset(scratch.get(kLarge), 2, kLarge);
+  EXPECT(scratch.get(100)[kLarge - 1] == std::byte{2});
+  scratch.release();
+  std::memset(scratch.get(100), 3, 100);
+}
+
 }  // namespace
 
 int main() {
@@ -82,5 +99,6 @@ int main() {
   RUN(atomic_file_names_the_path_it_cannot_write);
   RUN(a_full_disk_is_an_error_and_not_a_short_file);
   RUN(an_instruction_set_holds_all_before_it);
+  RUN(scratch_is_kept_until_it_must_grow);
   return check::failures == 0 ? 0 : 1;
 }
