@@ -34,7 +34,7 @@ def schedule(
 def segmented_attention(
     x: Any,
     keys: Any,
-    values: Any,
+    values: Any | None,
     plan: Sequence[Any],
     max_rows: int,
     scale: float,

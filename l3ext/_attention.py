@@ -28,6 +28,8 @@ def check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> N
         raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.ndim != 2:
         raise ValueError(f"{argument}: expected a matrix, got shape {list(tensor.shape)}")
+    if like is not None and tensor.dtype == like.dtype and tensor.device == like.device:
+        return  # what holds for it has been checked
     if tensor.dtype not in _FLOATS:
         raise TypeError(
             f"{argument}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}"
@@ -36,6 +38,8 @@ def check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> N
         raise TypeError(f"{argument}: expected {like.dtype}, the dtype of x, got {tensor.dtype}")
     if like is not None and tensor.device != like.device:
         raise RuntimeError(f"{argument}: expected device {like.device}, got {tensor.device}")
+    if tensor.is_cpu:
+        return
     check_device(tensor.device, argument)
     if tensor.dtype == torch.float64 and tensor.is_cuda:
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,22 +27,68 @@ def kernel(name: str) -> Callable[[_Kernel], _Kernel]:
     return register
 
 
-def call(operator: Callable[..., Any], inputs: Sequence[Tensor | None], *rest: Any) -> Any:
-    """Run an operator; where no gradient can be asked for, past the step that would record one.
+def call(
+    op: Callable[..., Any], kernel: Callable[..., Any], inputs: Sequence[Tensor], *rest: Any
+) -> Any:
+    """Run an operator, past what torch would do for nothing.
 
-    That step is Python of torch's own, which dispatches a second time: more than what a decode
-    step computes.
+    Where no gradient can be asked for, past the step that would record one: Python of torch's own,
+    which dispatches a second time. Where torch would only pass the arguments on, past its
+    dispatcher too, which converts each of them twice. Together they take longer than what a decode
+    step of one token computes.
 
     Args:
-        operator: to be called with ``*inputs, *rest``.
+        op: the operator, to be called with ``*inputs, *rest``.
+        kernel: its kernel on the CPU and on CUDA, which takes the same arguments.
         inputs: all tensors that may require a gradient.
-        rest: its other arguments.
+        rest: its other arguments, a plan's tensors among them.
     """
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if recorded or torch.compiler.is_compiling():
-        return operator(*inputs, *rest)
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(map(_requires_grad, inputs))
+    ):
+        return op(*inputs, *rest)
+    if _only_dispatches(inputs, rest):
+        return kernel(*inputs, *rest)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs, *rest)
+        return op(*inputs, *rest)
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def _only_dispatches(inputs: Sequence[Tensor], rest: Sequence[Any]) -> bool:
+    """Whether the operator's kernel would get these very arguments, and nobody else see them.
+
+    So no mode (of fake tensors, of a tracer), transform (vmap), profiler or subclass of Tensor, and
+    no backend but those that have kernels.
+    """
+    if _modes().raw_repr() not in _PLAIN_MODES or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._is_torch_function_mode_enabled():
+        return False
+    for tensor in inputs:
+        if _keys(tensor).raw_repr() not in _PLAIN_KEYS:
+            return False
+    return _PLAIN_TYPES.issuperset(map(type, rest))
+
+
+# What torch dispatches on: the keys of its arguments, and those of what is in effect.
+_keys, _modes = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+
+
+def _key_set(*names: str) -> int:
+    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(operator.or_, sets).raw_repr()
+
+
+# In inference mode nothing has keys of autograd.
+_PLAIN_MODES = {_key_set("BackendSelect"), _key_set("BackendSelect", "ADInplaceOrView")}
+_PLAIN_KEYS = {
+    _key_set(backend, f"Autocast{backend}", *of_autograd)
+    for backend in ("CPU", "CUDA")
+    for of_autograd in ((), (f"Autograd{backend}", "ADInplaceOrView"))
+}
+_PLAIN_TYPES = frozenset((Tensor, bool, int, float, type(None), torch.dtype))
 
 
 def detached(tensor: Tensor) -> Tensor:
@@ -55,6 +102,8 @@ def queue(device: torch.device) -> tuple[int, Callable[[int], Tensor]]:
     A workspace may be freed as soon as the call returns: torch hands its memory out again in the
     order of the stream. Inside a graph capture it comes from the graph's own pool.
     """
+    if device == _HOST:
+        return _HOST_QUEUE
     return current_stream(device), functools.partial(_workspace, device)
 
 
@@ -65,6 +114,10 @@ def current_stream(device: torch.device) -> int:
 
 def _workspace(device: torch.device, size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+_HOST = torch.device("cpu")
+_HOST_QUEUE = (0, functools.partial(_workspace, _HOST))
 
 
 def check_device(device: torch.device, argument: str) -> None:

@@ -126,7 +126,8 @@ class GraphRows:
         check_plan(x, self._plan)
         place = (self._runtime, self._layer, layout.d_emb, float(scale))
         operator = torch.ops.l3ext.fetched_attention.default
-        return call(operator, (x, self._ticket), *self._plan._arrays(), *place)
+        rest = (*self._plan._arrays(), *place)
+        return call(operator, _fetched_attention, (x, self._ticket), *rest)
 
 
 class GraphStep(EndedByWith):

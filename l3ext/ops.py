@@ -131,13 +131,13 @@ def segmented_attention(
     if quantized:
         rows = (keys, values, key_scales, value_scales)
         operator = torch.ops.l3ext.quantized_attention.default
-        return call(operator, (x, *rows), *plan._arrays(), float(scale))
+        return call(operator, _quantized_forward, (x, *rows), *plan._arrays(), float(scale))
     if values is keys:
         return table_attention(x, keys, plan, tied=True, scale=scale, sparse=sparse)
     if sparse:
         _check_sparse(keys=keys, values=values)
     operator = torch.ops.l3ext.segmented_attention.default
-    return call(operator, (x, keys, values), *plan._arrays(), float(scale), sparse)
+    return call(operator, _forward, (x, keys, values), *plan._arrays(), float(scale), sparse)
 
 
 def table_attention(
@@ -173,7 +173,8 @@ def table_attention(
     if sparse:
         _check_sparse(table=table)
     operator = torch.ops.l3ext.table_attention.default
-    return call(operator, (x, table), d_in, tied, *plan._arrays(), float(scale), sparse)
+    rest = (d_in, tied, *plan._arrays(), float(scale), sparse)
+    return call(operator, _table_forward, (x, table), *rest)
 
 
 def directory_attention(
@@ -231,12 +232,13 @@ def directory_attention(
     if row_dtype is None or row_dtype == x.dtype:
         if scale_offset != 0:
             raise ValueError(f"scale_offset: expected 0 for rows of {x.dtype}, got {scale_offset}")
-        return call(operator, (x, directory), *plan._arrays(), *layout)
+        return call(operator, _directory_forward, (x, directory), *plan._arrays(), *layout)
     check_quantized_dtype(row_dtype)
     _check_quantized_queries(x, row_dtype)
     if scale_offset < 1:
         raise ValueError(f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}")
-    return call(operator, (x, directory), *plan._arrays(), *layout, row_dtype, scale_offset)
+    stored = (row_dtype, scale_offset)
+    return call(operator, _directory_forward, (x, directory), *plan._arrays(), *layout, *stored)
 
 
 def _check_quantized(
@@ -293,13 +295,17 @@ def _split(table: Tensor, d_in: int, tied: bool) -> tuple[Tensor, Tensor]:
     return (table, table) if tied else (table[:, :d_in], table[:, d_in:])
 
 
+def _attend(x: Tensor, keys: Tensor, values: Tensor | None, d_emb: int, rest: Any) -> Tensor:
+    """``values``: None where they lie behind the keys, in the same rows."""
+    y = x.new_empty(x.shape[0], d_emb)
+    operands = (as_queries(x), keys, values, *native_plan(rest), rest[PLAN_LENGTH])
+    _C.segmented_attention(*operands, torch.get_num_threads(), y, queue(x.device))
+    return y
+
+
 @kernel("segmented_attention")
 def _forward(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    scale = rest[PLAN_LENGTH]
-    y = x.new_empty(x.shape[0], values.shape[1])
-    operands = (as_queries(x), detached(keys), detached(values), *native_plan(rest))
-    _C.segmented_attention(*operands, scale, torch.get_num_threads(), y, queue(x.device))
-    return y
+    return _attend(x, detached(keys), detached(values), values.shape[1], rest)
 
 
 @torch.library.register_fake("l3ext::segmented_attention", lib=library)
@@ -309,7 +315,10 @@ def _forward_fake(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor
 
 @kernel("table_attention")
 def _table_forward(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any) -> Tensor:
-    return _forward(x, *_split(detached(table), d_in, tied), *rest)
+    rows = detached(table)
+    if tied:
+        return _attend(x, rows, rows, d_in, rest)
+    return _attend(x, rows, None, table.shape[1] - d_in, rest)
 
 
 @torch.library.register_fake("l3ext::table_attention", lib=library)

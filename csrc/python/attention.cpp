@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <optional>
 #include <string>
 
@@ -44,21 +45,31 @@ void check_quantized(const ArrayReader& read, DType dtype) {
                                        dtype_name(dtype)));
 }
 
+// Without `values` they lie behind the keys, in the same rows.
 void read_table(SegmentedAttentionInputs& inputs, const ArrayReader& read, const TensorArg& x,
-                const TensorArg& keys, const TensorArg& values, const PlanArrays& plan,
+                const TensorArg& keys, const TensorArg* values, const PlanArrays& plan,
                 int64_t max_rows) {
   inputs.dtype = x->dtype;
   const DType rows = inputs.quantization ? inputs.quantization->dtype : inputs.dtype;
   inputs.keys = read.rows(keys, "keys", rows, -1, -1);
   inputs.table_rows = keys->shape[0];
-  inputs.d_in = keys->shape[1];
-  inputs.values = read.rows(values, "values", rows, inputs.table_rows, -1);
-  inputs.d_emb = values->shape[1];
+  if (values != nullptr) {
+    inputs.d_in = keys->shape[1];
+    inputs.values = read.rows(*values, "values", rows, inputs.table_rows, -1);
+    inputs.d_emb = (*values)->shape[1];
+  } else {
+    inputs.d_in = x->ndim == 2 ? x->shape[1] : 0;
+    inputs.d_emb = keys->shape[1] - inputs.d_in;
+    L3EXT_CHECK(inputs.d_emb > 0, "keys: expected more columns than the ", inputs.d_in,
+                " of x, as the values lie behind the keys, got ", keys->shape[1]);
+    const auto* first = static_cast<const std::byte*>(inputs.keys.data);
+    inputs.values = {first + inputs.d_in * dtype_bytes(rows), inputs.keys.stride};
+  }
   inputs.plan = read.plan(plan, max_rows, inputs.table_rows);
   inputs.x = read.rows(x, "x", inputs.dtype, inputs.plan.num_tokens, inputs.d_in);
 }
 
-void forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
+void forward(const TensorArg& x, const TensorArg& keys, const std::optional<TensorArg>& values,
              const PlanArrays& plan, int64_t max_rows, double scale, int num_threads,
              const TensorArg& y, const CudaQueue& queue, const std::optional<TensorArg>& key_scales,
              const std::optional<TensorArg>& value_scales) {
@@ -71,13 +82,15 @@ void forward(const TensorArg& x, const TensorArg& keys, const TensorArg& values,
       key_scales ? "" : "no ", "key_scales and ", value_scales ? "" : "no ",
       "value_scales for keys of ", dtype_name(keys->dtype));
   if (key_scales && value_scales) {
+    L3EXT_CHECK(values, "values: expected an array beside keys of ", dtype_name(keys->dtype),
+                ", got None");
     check_quantized(read, keys->dtype);
     const int64_t rows = keys->ndim > 0 ? keys->shape[0] : 0;
     params.quantization = {.dtype = keys->dtype,
                            .keys = read.scales(*key_scales, "key_scales", rows),
                            .values = read.scales(*value_scales, "value_scales", rows)};
   }
-  read_table(params, read, x, keys, values, plan, max_rows);
+  read_table(params, read, x, keys, values ? &*values : nullptr, plan, max_rows);
   params.scale = scale;
   params.num_threads = num_threads;
   params.y = read.mutable_rows(y, "y", params.dtype, params.plan.num_tokens, params.d_emb);
@@ -122,7 +135,7 @@ void backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
               const std::optional<TensorArg>& dvalues, const CudaQueue& queue) {
   const ArrayReader read(x, "x");
   SegmentedAttentionBackwardParams params;
-  read_table(params, read, x, keys, values, plan, max_rows);
+  read_table(params, read, x, keys, &values, plan, max_rows);
   params.scale = scale;
   params.num_threads = num_threads;
   const DType dtype = params.dtype;

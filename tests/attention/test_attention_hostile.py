@@ -250,3 +250,17 @@ def test_an_instruction_set_that_is_unknown_or_does_not_run_is_refused(isa, erro
     assert result.returncode == 1
     assert f"{error}: L3EXT_CPU_ISA: " in result.stderr
     assert message in result.stderr
+
+
+def test_values_behind_the_keys_need_columns():
+    x, keys, values, plan = inputs()
+    table = torch.cat([keys, values], dim=1)
+    *arrays, max_rows = plan._arrays()
+    y = torch.empty(x.shape[0], values.shape[1], dtype=x.dtype)
+    rest = (arrays, max_rows, 1.0, 1, y, (0, lambda size: None))
+    _C.segmented_attention(x, table, None, *rest)
+    assert torch.equal(y, l3ext.segmented_attention(x, keys, values, plan))
+    with pytest.raises(ValueError, match=r"keys: expected more columns than the 8 of x, .* got 8"):
+        _C.segmented_attention(x, keys, None, *rest)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        _C.segmented_attention(x[0], table, None, *rest)

@@ -101,6 +101,8 @@ def test_the_native_function_checks_for_itself(dtype):
         _C.segmented_attention(*operands, *rest, scales[0], scales[1][:4])
     with pytest.raises(TypeError, match="key_scales: expected float32, got float64"):
         _C.segmented_attention(*operands, *rest, scales[0].double(), scales[1])
+    with pytest.raises(ValueError, match=r"values: expected an array beside keys of .*, got None"):
+        _C.segmented_attention(*operands[:2], None, *rest, *scales)
     with pytest.raises(TypeError, match="values: expected"):
         _C.segmented_attention(*operands[:2], torch.randn(5, 4), *rest, *scales)
     wide = (given["x"].double(), *operands[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import l3ext
-from l3ext import _C
+from l3ext import _C, _operators
 from l3ext.ops import table_attention
 from tests import reference
 
@@ -100,6 +101,80 @@ def test_modes_and_transforms_see_the_call_without_a_gradient():
     # No gradient by torch.func: an error, never zeros.
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: table_attention(x, table, plan, tied=False).sum())(x)
+
+
+class _Calls(torch.overrides.TorchFunctionMode):
+    """Counts the functions of torch that run."""
+
+    seen = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen += "l3ext" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+class _Wrapper(torch.Tensor):
+    """Holds a tensor and says which operators meet it."""
+
+    met: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.met.append(func.name())
+        plain = [a.inner if isinstance(a, cls) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_call_that_torch_would_only_pass_on_goes_to_the_kernel():
+    x, table, offsets, ids = step()
+    rest = (*l3ext.plan(ids, offsets)._arrays(), 1.0)
+    only_dispatches = _operators._only_dispatches
+    assert only_dispatches((x, table), rest)
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert only_dispatches((x, torch.nn.Parameter(table)), rest)
+    with torch.inference_mode():
+        assert only_dispatches((x, table.clone()), rest)
+    assert not only_dispatches((x.to("meta"), table), rest)
+    assert not only_dispatches((x, table.to_sparse()), rest)
+    assert not only_dispatches((_Wrapper(x), table), rest)
+    assert not only_dispatches((x, table), (_Wrapper(rest[0]), *rest[1:]))
+    with torch.profiler.profile():
+        assert not only_dispatches((x, table), rest)
+    for mode in (_Names(), _Calls(), FakeTensorMode()):
+        with mode:
+            assert not only_dispatches((x, table), rest)
+
+    def transformed(x):
+        assert not only_dispatches((x, table), rest)
+        assert not only_dispatches((table, table), rest)
+        return x
+
+    torch.vmap(transformed)(x[None])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_who_watches_sees_the_call_without_a_gradient():
+    x, table, offsets, ids = step()
+    plan = l3ext.plan(ids, offsets)
+    expected = table_attention(x, table, plan, tied=False)
+    with torch.profiler.profile() as profile:
+        table_attention(x, table, plan, tied=False)
+    assert "l3ext::table_attention" in {event.name for event in profile.events()}
+    with _Calls() as calls:
+        table_attention(x, table, plan, tied=False)
+    assert calls.seen == 1
+    wrapped = table_attention(_Wrapper(x), table, plan, tied=False)
+    assert "l3ext::table_attention" in _Wrapper.met
+    assert torch.equal(wrapped, expected)
+    traced = torch.jit.trace(lambda x: table_attention(x, table, plan, tied=False), x)
+    assert "l3ext::table_attention" in str(traced.graph)
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.6])
