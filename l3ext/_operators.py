@@ -62,7 +62,7 @@ def _only_dispatches(inputs: Sequence[Tensor], rest: Sequence[Any]) -> bool:
     So no mode (of fake tensors, of a tracer), transform (vmap), profiler or subclass of Tensor, and
     no backend but those that have kernels.
     """
-    if _modes().raw_repr() not in _PLAIN_MODES or torch.autograd._profiler_enabled():
+    if _modes().raw_repr() not in _PLAIN_MODES or torch._C._autograd._profiler_enabled():
         return False
     if torch._C._is_torch_function_mode_enabled():
         return False

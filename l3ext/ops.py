@@ -129,6 +129,8 @@ def segmented_attention(
         )
     check_plan(x, plan)
     if quantized:
+        assert key_scales is not None
+        assert value_scales is not None
         rows = (keys, values, key_scales, value_scales)
         operator = torch.ops.l3ext.quantized_attention.default
         return call(operator, _quantized_forward, (x, *rows), *plan._arrays(), float(scale))
