@@ -26,11 +26,45 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
   return result;
 }
 
+// Of one query alone, scores `ld` apart: a row in each lane, but for the sum, which runs along the
+// rows as that of many queries does.
+template <typename Acc>
+void exponentials_of_query(Acc* scores, int64_t rows, int64_t ld, Acc* sum) {
+  constexpr int kStep = kLanes<Acc>;
+  alignas(64) Acc some[kStep];
+  const auto load_some = [&](int64_t r) {
+    const int64_t count = rows - r < kStep ? rows - r : kStep;
+    for (int64_t i = 0; i < kStep; ++i) some[i] = scores[(r + (i < count ? i : 0)) * ld];
+    return load(some);
+  };
+  Vec<Acc> largest = Vec<Acc>{} - std::numeric_limits<Acc>::infinity();
+  for (int64_t r = 0; r < rows; r += kStep) {
+    const Vec<Acc> score = load_some(r);
+    largest = score > largest ? score : largest;
+  }
+  Acc max = largest[0];
+  for (int i = 1; i < kStep; ++i) max = largest[i] > max ? largest[i] : max;
+  Acc total = 0;
+  for (int64_t r = 0; r < rows; r += kStep) {
+    store(exp_nonpositive(load_some(r) - max), some);
+    for (int64_t i = 0; i < kStep && r + i < rows; ++i) {
+      scores[(r + i) * ld] = some[i];
+      total += some[i];
+    }
+  }
+  *sum = total;
+}
+
 template <typename Acc>
 void exponentials(Acc* scores, int64_t rows, int64_t queries, Acc* sums) {
-  constexpr int kStep = kLanes<Acc>;
+  constexpr int kStep = kLanes<Acc>, kFew = 2;
   const int64_t ld = (queries + kStep - 1) / kStep * kStep;
   for (int64_t q = 0; q < queries; q += kStep) {
+    if (queries - q <= kFew) {
+      store(Vec<Acc>{} + Acc{1}, sums + q);
+      for (; q < queries; ++q) exponentials_of_query(scores + q, rows, ld, sums + q);
+      return;
+    }
     Vec<Acc> max = Vec<Acc>{} - std::numeric_limits<Acc>::infinity();
     for (int64_t r = 0; r < rows; ++r) {
       const Vec<Acc> score = load(scores + r * ld + q);
