@@ -60,7 +60,7 @@ void exponentials(Acc* scores, int64_t rows, int64_t queries, Acc* sums) {
   constexpr int kStep = kLanes<Acc>, kFew = 2;
   const int64_t ld = (queries + kStep - 1) / kStep * kStep;
   for (int64_t q = 0; q < queries; q += kStep) {
-    if (queries - q <= kFew) {
+    if (queries - q <= kFew && rows > kStep) {
       store(Vec<Acc>{} + Acc{1}, sums + q);
       for (; q < queries; ++q) exponentials_of_query(scores + q, rows, ld, sums + q);
       return;
