@@ -166,19 +166,28 @@ void dense_scores(const RowBlock<T>& rows, const Accumulator<T>* packed, int64_t
 
 // --- sums -------------------------------------------------------------------------------------
 
-// out[0 .. kOutputs, one panel of columns] += weights rows. The panel's rows stay in the
-// first-level cache while all outputs pass.
+template <typename Acc>
+void clear_rows(Acc* rows, int64_t stride, int64_t count, int64_t columns) {
+  for (int64_t r = 0; r < count; ++r) {
+    std::memset(rows + r * stride, 0, static_cast<size_t>(columns) * sizeof(Acc));
+  }
+}
+
+// out[0 .. kOutputs, one panel of columns] = (add ? itself : 0) + weights rows. The panel's rows
+// stay in the first-level cache while all outputs pass.
 template <typename T, int kOutputs, int kColumns, bool kPrefetch>
 inline void sum_tile(const Accumulator<T>* rows, int64_t row_stride, const RowBlock<T>& ahead,
                      const Accumulator<T>* weights, int64_t output_stride, int64_t weight_stride,
-                     Accumulator<T>* out, int64_t out_stride) {
+                     bool add, Accumulator<T>* out, int64_t out_stride) {
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
-  Vec<Acc> sums[kOutputs][kColumns];
+  Vec<Acc> sums[kOutputs][kColumns] = {};
+  if (add) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kOutputs; ++i) {
+    for (int i = 0; i < kOutputs; ++i) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kColumns; ++c) sums[i][c] = load(out + i * out_stride + c * kStep);
+      for (int c = 0; c < kColumns; ++c) sums[i][c] = load(out + i * out_stride + c * kStep);
+    }
   }
   for (int64_t r = 0; r < ahead.count; ++r) {
     if constexpr (kPrefetch) {
@@ -209,7 +218,7 @@ inline void sum_tile(const Accumulator<T>* rows, int64_t row_stride, const RowBl
 template <typename T, int kColumns>
 inline void sum_panel(const Accumulator<T>* rows, int64_t row_stride, const RowBlock<T>& ahead,
                       const Accumulator<T>* weights, int64_t output_stride, int64_t weight_stride,
-                      int64_t outputs, Accumulator<T>* out, int64_t out_stride) {
+                      int64_t outputs, bool add, Accumulator<T>* out, int64_t out_stride) {
   constexpr int kOutputs = kTile / kColumns < 8 ? kTile / kColumns : 8;
   int64_t i = 0;
   const auto run = [&]<int kCount>(std::integral_constant<int, kCount>) {
@@ -218,10 +227,10 @@ inline void sum_panel(const Accumulator<T>* rows, int64_t row_stride, const RowB
       auto* to = out + i * out_stride;
       if (i == 0) {  // the rows that come next, while these meet their first outputs
         sum_tile<T, kCount, kColumns, true>(rows, row_stride, ahead, w, output_stride,
-                                            weight_stride, to, out_stride);
+                                            weight_stride, add, to, out_stride);
       } else {
         sum_tile<T, kCount, kColumns, false>(rows, row_stride, ahead, w, output_stride,
-                                             weight_stride, to, out_stride);
+                                             weight_stride, add, to, out_stride);
       }
     }
   };
@@ -233,7 +242,8 @@ inline void sum_panel(const Accumulator<T>* rows, int64_t row_stride, const RowB
 template <typename T>
 void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
                       int64_t weight_stride, int64_t outputs, int64_t columns,
-                      const RowBlock<T>& next, Accumulator<T>* out, int64_t out_stride) {
+                      const RowBlock<T>& next, bool add, Accumulator<T>* out, int64_t out_stride) {
+  if (rows.count == 0 && !add) clear_rows(out, out_stride, outputs, columns);
   using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>, kColumns = L3EXT_DENSE_COLUMNS, kPanel = kColumns * kStep;
   constexpr int64_t kChunk = 64;  // rows between two visits of the sums in `out`
@@ -241,6 +251,7 @@ void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t o
   for (int64_t first = 0; first < rows.count; first += kChunk) {
     const int64_t count = rows.count - first < kChunk ? rows.count - first : kChunk;
     const Acc* chunk_weights = weights + first * weight_stride;
+    const bool adds = add || first > 0;
     const auto panel = [&]<int kWidth>(std::integral_constant<int, kWidth>, int64_t c) {
       const RowBlock<T> ahead = {row_ahead(rows, first + count, next) + c, rows.stride, count};
       // Rows whose distance is a multiple of 4 KiB, say, would push each other out of the cache.
@@ -248,7 +259,7 @@ void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t o
         load_row(rows.row(first + r) + c, block + r * kPanel, kWidth * kStep);
       }
       sum_panel<T, kWidth>(block, kPanel, ahead, chunk_weights, output_stride, weight_stride,
-                           outputs, out + c, out_stride);
+                           outputs, adds, out + c, out_stride);
       return int64_t{kWidth * kStep};
     };
     int64_t c = 0;
@@ -256,6 +267,7 @@ void dense_accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t o
     while (c + kStep <= columns) c += panel(std::integral_constant<int, 1>{}, c);
     if (c < columns) {
       const RowBlock<T> tail = {rows.row(first) + c, rows.stride, count};
+      if (!adds) clear_rows(out + c, out_stride, outputs, columns - c);
       stream_accumulate<T>(tail, chunk_weights, output_stride, weight_stride, outputs, columns - c,
                            {}, out + c, out_stride);
     }

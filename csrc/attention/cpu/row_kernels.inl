@@ -61,11 +61,13 @@ template <typename T>
 void accumulate(RowBlock<T> rows, const Accumulator<T>* weights, int64_t output_stride,
                 int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<T>& ahead,
                 bool add, Accumulator<T>* out, int64_t out_stride) {
-  for (int64_t i = 0; !add && i < outputs; ++i) {
-    std::memset(out + i * out_stride, 0, static_cast<size_t>(columns) * sizeof(*out));
+  if (outputs > kFewQueries) {
+    return dense_accumulate<T>(rows, weights, output_stride, row_stride, outputs, columns,
+                               ahead.next, add, out, out_stride);
   }
-  const auto sum = outputs <= kFewQueries ? stream_accumulate<T> : dense_accumulate<T>;
-  sum(rows, weights, output_stride, row_stride, outputs, columns, ahead.next, out, out_stride);
+  if (!add) clear_rows(out, out_stride, outputs, columns);
+  stream_accumulate<T>(rows, weights, output_stride, row_stride, outputs, columns, ahead.next, out,
+                       out_stride);
 }
 
 // Quantised rows are read and never written.

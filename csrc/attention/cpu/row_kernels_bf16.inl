@@ -17,7 +17,8 @@
 // Sums are weights, rounded to bfloat16 as
 // on a GPU, times table rows whose neighbours are interleaved into pairs in a buffer. What does not
 // fill a block is copied beside zeros: nothing past a row, or past the last, is read. Sums of few
-// outputs, and of other columns than kWords at a time, are left to the kernels of avx512.
+// outputs or few rows, and of other columns than kWords at a time, are left to the kernels of
+// avx512.
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -265,7 +266,8 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
 void accumulate(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
                 int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<BFloat16>& ahead,
                 bool add, float* out, int64_t out_stride) {
-  const bool few = outputs <= 2;
+  // A product's depth is a multiple of kDepth: of few rows most of it would be zeros.
+  const bool few = outputs <= 2 || rows.count <= kDepth / 4;
   const int64_t whole = few ? 0 : columns / kWords * kWords;
   if (whole != 0) {
     add_products(rows, weights, output_stride, row_stride, outputs, whole, ahead, add, out,
