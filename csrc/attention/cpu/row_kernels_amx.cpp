@@ -60,7 +60,8 @@ inline void multiply_tiles(const BFloat16* a, int64_t a_stride, int64_t rows,
 // would save their 8 KiB.
 class BlockProduct {
  public:
-  static constexpr int64_t kQueries = 16, kPairQueries = 8, kFewQueries = 8;
+  static constexpr int64_t kQueries = 16, kPairQueries = 8, kFewQueries = 8,
+                           kDepthStep = kTileDepth, kFewRows = 8;
 
   BlockProduct() = default;
   BlockProduct(const BlockProduct&) = delete;

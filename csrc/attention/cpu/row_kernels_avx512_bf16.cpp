@@ -25,28 +25,33 @@ void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefet
       total[r][v] = add ? _mm512_loadu_ps(sums + r * sums_stride + v * 16) : _mm512_setzero_ps();
     }
   }
-  constexpr int64_t kLine = 32;  // elements
-  for (int64_t first = 0; first < depth; first += kLine) {
-    prefetches.ask(first_row, kRows, first);
-#pragma GCC unroll 2
-    for (int64_t k = first; k < first + kLine; k += 2, b += b_stride) {
-      __m512i columns[kVectors];
+  const auto add_pair = [&](int64_t k) __attribute__((always_inline)) {
+    __m512i columns[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      columns[v] = _mm512_loadu_si512(b + v * 16);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * a_stride + k, sizeof(pair));
+      const __m512i row = _mm512_set1_epi32(pair);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        columns[v] = _mm512_loadu_si512(b + v * 16);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, a + r * a_stride + k, sizeof(pair));
-        const __m512i row = _mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          total[r][v] = add_dot_of_pairs(total[r][v], row, columns[v]);
-        }
+        total[r][v] = add_dot_of_pairs(total[r][v], row, columns[v]);
       }
     }
+    b += b_stride;
+  };
+  constexpr int64_t kLine = 32;  // elements
+  int64_t first = 0;
+  for (; first + kLine <= depth; first += kLine) {
+    prefetches.ask(first_row, kRows, first);
+#pragma GCC unroll 2
+    for (int64_t k = first; k < first + kLine; k += 2) add_pair(k);
   }
+  if (first < depth) prefetches.ask(first_row, kRows, first);
+  for (; first < depth; first += 2) add_pair(first);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -59,7 +64,8 @@ void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefet
 // See row_kernels_bf16.inl.
 class BlockProduct {
  public:
-  static constexpr int64_t kQueries = 32, kPairQueries = 31, kFewQueries = 16;
+  static constexpr int64_t kQueries = 32, kPairQueries = 31, kFewQueries = 16, kDepthStep = 2,
+                           kFewRows = 4;
 
   void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const Prefetches& prefetches,
                   const float* b, int64_t b_stride, int64_t columns, int64_t depth, bool add,

@@ -5,12 +5,13 @@
 //                  sums_stride)
 //     sums[i][j] = (add ? sums[i][j] : 0) + sum over k of a[i][k] * b[k][j]
 //
-// for any number of rows, kWords or 2 kWords columns, and a depth that is a multiple of kDepth. `b`
-// holds pairs: b[k / 2][j] is b[k][j] and b[k + 1][j] in one word. `prefetches`: what
+// for any number of rows, kWords or 2 kWords columns, and a depth that is a multiple of kDepthStep.
+// `b` holds pairs: b[k / 2][j] is b[k][j] and b[k + 1][j] in one word. `prefetches`: what
 // to ask memory for meanwhile.
 //
 // and BlockProduct::kQueries, whose lanes fill a block; kPairQueries, the most beside full blocks
-// that meet rows in products of pairs; kFewQueries, up to which memory is what takes time.
+// that meet rows in products of pairs; kFewQueries, up to which memory is what takes time;
+// kFewRows, up to which sums over rows gain nothing by it.
 //
 // Scores of many queries are table rows, read where they are, times packed queries. Those that fill
 // no block meet a row in products of pairs side by side, which are summed across lanes in the end.
@@ -243,19 +244,20 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
   alignas(64) BFloat16 rounded[kOutputs * kRows];
   BlockProduct product;
   for (int64_t r = 0; r < rows.count; r += kRows) {
-    const int64_t count = smaller(kRows, rows.count - r), depth = round_up(count, kDepth);
+    const int64_t count = smaller(kRows, rows.count - r), width = round_up(count, kDepth);
+    const int64_t depth = round_up(count, BlockProduct::kDepthStep);
     const RowBlock<BFloat16> after = rows_ahead(rows, r + count, ahead.next);
     for (int64_t i = 0; i < outputs; i += kOutputs) {
       const int64_t some = smaller(kOutputs, outputs - i);
       round_weights(weights + i * output_stride + r * row_stride, output_stride, row_stride, some,
-                    count, rounded, depth);
+                    count, rounded, width);
       for (int64_t c = 0; c < columns; c += kPanel) {
         const int64_t panel = smaller(kPanel, columns - c);
         for (int64_t k = 0; i == 0 && k < smaller(count, after.count); ++k) {
           prefetch(after.row(k) + c);
         }
         interleave_rows({rows.row(r) + c, rows.stride, count}, panel, depth, pairs);
-        product(rounded, depth, some, {.wanted = ahead.wanted},
+        product(rounded, width, some, {.wanted = ahead.wanted},
                 reinterpret_cast<const float*>(pairs), kPanel, panel, depth, add || r > 0,
                 out + i * out_stride + c, out_stride);
       }
@@ -266,8 +268,7 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
 void accumulate(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
                 int64_t row_stride, int64_t outputs, int64_t columns, const Ahead<BFloat16>& ahead,
                 bool add, float* out, int64_t out_stride) {
-  // A product's depth is a multiple of kDepth: of few rows most of it would be zeros.
-  const bool few = outputs <= 2 || rows.count <= kDepth / 4;
+  const bool few = outputs <= 2 || rows.count <= BlockProduct::kFewRows;
   const int64_t whole = few ? 0 : columns / kWords * kWords;
   if (whole != 0) {
     add_products(rows, weights, output_stride, row_stride, outputs, whole, ahead, add, out,
