@@ -256,6 +256,9 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
         for (int64_t k = 0; i == 0 && k < smaller(count, after.count); ++k) {
           prefetch(after.row(k) + c);
         }
+        for (int64_t k = 0; c + kPanel < columns && k < count; ++k) {
+          prefetch(rows.row(r + k) + c + kPanel);
+        }
         interleave_rows({rows.row(r) + c, rows.stride, count}, panel, depth, pairs);
         product(rounded, width, some, {.wanted = ahead.wanted},
                 reinterpret_cast<const float*>(pairs), kPanel, panel, depth, add || r > 0,
@@ -287,7 +290,7 @@ const RowKernels<BFloat16>& table() {
   static const RowKernels<BFloat16> kernels = [] {
     RowKernels<BFloat16> all = avx512::table<BFloat16>();
     all.query_block = kOutputs;
-    all.backward_block = kOutputs / 2;
+    all.backward_block = kOutputs * 3 / 4;
     all.asks_for_wanted = true;
     all.few_queries = BlockProduct::kFewQueries;
     all.packed_elements = packed_elements;
