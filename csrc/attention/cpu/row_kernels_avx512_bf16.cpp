@@ -64,7 +64,7 @@ void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefet
 // See row_kernels_bf16.inl.
 class BlockProduct {
  public:
-  static constexpr int64_t kQueries = 32, kPairQueries = 31, kFewQueries = 16, kDepthStep = 2,
+  static constexpr int64_t kQueries = 32, kPairQueries = 24, kFewQueries = 16, kDepthStep = 2,
                            kFewRows = 4;
 
   void operator()(const BFloat16* a, int64_t a_stride, int64_t rows, const Prefetches& prefetches,
