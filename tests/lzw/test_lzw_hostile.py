@@ -322,22 +322,30 @@ def interrupt_after(seconds, action):
     return False
 
 
+def cpu_seconds(action):
+    """What this process computed meanwhile, however long others kept the processor from it."""
+    before = time.process_time()
+    action()
+    return time.process_time() - before
+
+
 @pytest.mark.parametrize("parse", ["paper", "lzw"])
 def test_ctrl_c_leaves_the_counter_unchanged(parse):
     generator = np.random.default_rng(1)
     tokens = generator.integers(0, 50, 12_000_000).astype(np.int32)
     offsets = np.arange(0, tokens.size + 1, 1000)
     before = state(counted(zipf_documents(1), 50, parse))
+    whole = cpu_seconds(lambda: counted([], 50, parse).update(tokens, offsets))
     for seconds in (0.05, 0.02, 0.005):  # a fast machine is through before the first
         counter = counted(zipf_documents(1), 50, parse)
-        started = time.perf_counter()
+        started = time.process_time()
         interrupted = interrupt_after(seconds, lambda: counter.update(tokens, offsets))  # noqa: B023
-        assert time.perf_counter() - started < 2
+        soon = time.process_time() - started < whole / 2
         # The signal may come between the update and the return to Python.
-        if interrupted and counter.num_tokens < tokens.size:
+        if interrupted and soon and counter.num_tokens < tokens.size:
             break
     else:
-        pytest.fail("each update was through before its signal")
+        pytest.fail("no update stopped before half of it was done")
     assert state(counter) == before
     part = slice(0, 100_001)
     counter.update(tokens[part], [0, 100_001])
