@@ -329,6 +329,8 @@ void captures_are_left_alone() {
     fence->passed();
     fence->wait();
     device->deallocate_staging(device->allocate_staging(kBytes), kBytes);
+    const std::vector<std::byte> rows_of_a_table(kBytes);
+    EXPECT(device->pin(rows_of_a_table.data(), kBytes) != nullptr);  // and let go
   }
   EXPECT(cudaMalloc(nullptr, 1) == cudaErrorStreamCaptureUnsupported);  // the thread's mode is back
   const auto faults = fake_cudart::take_faults();

@@ -220,6 +220,7 @@ class Registrations {
   void let_go(Ranges::iterator range) {
     const std::scoped_lock lock(mutex_);
     if (--range->users > 0) return;
+    const BesideCaptures beside_captures;
     cudaHostUnregister(const_cast<std::byte*>(range->begin));
     cudaGetLastError();
     ranges_.erase(range);
@@ -288,6 +289,8 @@ class StreamDevice final : public Device {
     return memory;
   }
   void deallocate_staging(void* memory, size_t bytes) noexcept override {
+    // Were the call refused, CUDA would take whatever comes to this address next for these pages.
+    const BesideCaptures beside_captures;
     cudaHostUnregister(memory);
     cudaGetLastError();
     unmap_near(memory, bytes);

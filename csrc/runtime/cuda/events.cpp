@@ -70,11 +70,6 @@ class EventStall final : public Stall {
 
 }  // namespace
 
-Scope::Scope(int device) : guard_(device) {
-  L3EXT_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode_));
-}
-Scope::~Scope() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
 EventPool::EventPool(int device) : device_(device) {
   const Scope scope(device);
   for (const Kind kind : {kFence, kTimed}) {

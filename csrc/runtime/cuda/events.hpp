@@ -14,18 +14,29 @@
 
 namespace l3ext::cuda {
 
-// The device is current, and this thread's calls do not break a graph capture of another thread
-// (cudaEventQuery or cudaMalloc would, in the mode that torch captures in), until the scope ends.
+// This thread's calls do not break a graph capture of another thread (cudaEventQuery, cudaMalloc or
+// cudaHostUnregister would, in the mode that torch captures in), until the scope ends.
+class BesideCaptures {
+ public:
+  BesideCaptures() noexcept { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // while inside: the one before
+};
+
+// And the device is current.
 class Scope {
  public:
-  explicit Scope(int device);
-  ~Scope();
+  explicit Scope(int device) : guard_(device) {}
   Scope(const Scope&) = delete;
   Scope& operator=(const Scope&) = delete;
 
  private:
   CudaDeviceGuard guard_;
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // while inside: the one before
+  BesideCaptures beside_captures_;
 };
 
 // Shared: a fence may outlive the device that recorded it.

@@ -106,13 +106,16 @@ bool advance() {
   return true;
 }
 
+bool breaks_a_capture() {
+  if (!world.capturing || capture_mode != cudaStreamCaptureModeGlobal) return false;
+  fault("a call that breaks another thread's capture");
+  return true;
+}
+
 // What every call does first: some time passes.
 cudaError_t enter(bool unsafe_in_capture = false) {
   if (world.lost) return cudaErrorIllegalAddress;
-  if (unsafe_in_capture && world.capturing && capture_mode == cudaStreamCaptureModeGlobal) {
-    fault("a call that breaks another thread's capture");
-    return cudaErrorStreamCaptureUnsupported;
-  }
+  if (unsafe_in_capture && breaks_a_capture()) return cudaErrorStreamCaptureUnsupported;
   if (!world.held) {
     for (uint64_t i = world.random() % 3; i > 0 && advance(); --i) {
     }
@@ -501,6 +504,7 @@ cudaError_t cudaHostRegister(void* memory, size_t bytes, unsigned flags) {
 }
 cudaError_t cudaHostUnregister(void* memory) {
   const Lock lock(world.mutex);
+  if (breaks_a_capture()) return cudaErrorStreamCaptureUnsupported;
   if (world.registered.erase(static_cast<char*>(memory)) > 0) return cudaSuccess;
   fault("cudaHostUnregister of what was not registered");
   return cudaErrorHostMemoryNotRegistered;
