@@ -66,6 +66,7 @@ struct Warp {
   uint32_t waiting = 0;  // lanes in a collective
   int stride = 1;        // from one lane to the next that runs; odd
   bool queued = false;
+  emulated::WarpAccesses accesses;
 };
 
 struct Block {
@@ -161,9 +162,19 @@ void make_runnable(Warp& warp, uint32_t lanes) {
   warp.queued = warp.queued || lanes != 0;
 }
 
+// What a warp has accessed since it was here last is whole instructions now.
+void close_accesses(Warp& warp) {
+  if (emulated::access_counter != nullptr) {
+    warp.accesses.close(emulated::access_counter->launches.back());
+  }
+}
+
 void release(Block& block) {
   block.at_barrier = 0;
-  for (auto& warp : block.warps) make_runnable(*warp, warp->live);
+  for (auto& warp : block.warps) {
+    close_accesses(*warp);
+    make_runnable(*warp, warp->live);
+  }
 }
 
 void stop_running(Fiber& fiber, const char* waits_in, uint32_t mask) {
@@ -176,6 +187,7 @@ void exit_thread(Fiber& fiber) {
   Warp& warp = *fiber.warp;
   stop_running(fiber, "has exited", 0);
   warp.live &= ~(1u << fiber.thread % kLanes);
+  if (warp.live == 0) close_accesses(warp);
   Block& block = *warp.block;
   --block.live;
   if (block.live > 0 && block.at_barrier == block.live) release(block);
@@ -375,6 +387,7 @@ void collective(const char* name, uint32_t mask, void* operand, Combine combine)
     return switch_to(next_of(warp, lane()));
   }
   combine(machine.operands.data(), mask);
+  close_accesses(warp);
   warp.waiting &= ~mask;
   make_runnable(warp, mask);
   const uint32_t chance = machine.random();
@@ -389,6 +402,11 @@ void block_barrier() {
   if (++block.at_barrier < block.live) return switch_to(next_of(*fiber.warp, lane()));
   release(block);
   switch_to(machine.host);
+}
+
+[[gnu::noinline]] void count_access(Access access, const void* address, int bytes) {
+  const Fiber& fiber = *machine.current;
+  fiber.warp->accesses.add(__builtin_return_address(0), access, bytes, lane(), address);
 }
 
 void copy_async(void* shared, const void* global, bool valid) {
@@ -461,6 +479,9 @@ void launch(const LaunchShape& shape, const std::function<void()>& kernel) {
   static const bool once = (explain_faults(), true);
   (void)once;
 
+  if (access_counter != nullptr) {
+    access_counter->launches.push_back({shape.args_type, shape.shared_bytes, {}});
+  }
   machine.running = true;
   machine.shape = shape;
   machine.kernel = &kernel;

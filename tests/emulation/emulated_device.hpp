@@ -26,6 +26,7 @@
 #include <typeinfo>
 
 #include "core/error.hpp"
+#include "emulated_accesses.hpp"
 
 #define __global__
 #define __device__
@@ -196,6 +197,7 @@ inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(va
 inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
 template <typename T>
 T __ldg(const T* address) {
+  l3ext::cuda::emulated::note_access(l3ext::cuda::Access::kGlobalLoad, address);
   return *address;
 }
 template <typename T>

@@ -95,12 +95,30 @@ inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xff
 inline uint4 load_streaming(const void* address) {
   L3EXT_CHECK(reinterpret_cast<uintptr_t>(address) % 16 == 0,
               "load_streaming: expected an address aligned to 16 bytes, got ", address);
+  emulated::note_access(Access::kGlobalLoad, static_cast<const uint4*>(address));
   return *static_cast<const uint4*>(address);
+}
+template <typename T>
+void store_global(T* address, T value) {
+  emulated::note_access(Access::kGlobalStore, address);
+  *address = value;
+}
+template <typename T>
+T load_shared(const T* address) {
+  emulated::note_access(Access::kSharedLoad, address);
+  return *address;
+}
+template <typename T>
+void store_shared(T* address, T value) {
+  emulated::note_access(Access::kSharedStore, address);
+  *address = value;
 }
 
 inline void prefetch_l2(const void*) {}  // of any address: a device does not fault either
 
 inline void copy_async(void* shared, const void* global, bool valid) {
+  if (valid) emulated::note_access(Access::kGlobalLoad, static_cast<const uint4*>(global));
+  emulated::note_access(Access::kSharedStore, static_cast<const uint4*>(shared));
   emulated::copy_async(shared, global, valid);
 }
 inline void commit_copies() { emulated::commit_copies(); }

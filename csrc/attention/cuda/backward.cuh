@@ -57,7 +57,8 @@ struct TransposedWeights {
   __device__ float4 load(int row, int query) const {
     if (row >= rows || query >= queries) return {0, 0, 0, 0};
     const float* w = base + query * stride + row;
-    return {w[0], w[stride], w[2 * stride], w[3 * stride]};
+    return {load_shared(w), load_shared(w + stride), load_shared(w + 2 * stride),
+            load_shared(w + 3 * stride)};
   }
 };
 

@@ -153,7 +153,8 @@ __device__ inline void copy_chunk(const Attention& a, const Chunk& chunk) {
       continue;
     }
     for (int c = lane() * kVector<T>; c < a.d_emb; c += 32 * kVector<T>) {
-      *reinterpret_cast<uint4*>(y + c) = __ldg(reinterpret_cast<const uint4*>(rows.values + c));
+      store_global(reinterpret_cast<uint4*>(y + c),
+                   __ldg(reinterpret_cast<const uint4*>(rows.values + c)));
     }
   }
 }
@@ -210,8 +211,8 @@ class StagedQueries {
   __device__ uint4 load(int tile, int column) const {
     const int query = query_of_lane(tile, sizeof(T));
     const int bytes = (column % kColumns + kVector<T> * (lane() % 4)) * static_cast<int>(sizeof(T));
-    return *reinterpret_cast<const uint4*>(ring_ + index_ % kStages * kStageBytes +
-                                           query * kRingQueryBytes + bytes);
+    return load_shared(reinterpret_cast<const uint4*>(ring_ + index_ % kStages * kStageBytes +
+                                                      query * kRingQueryBytes + bytes));
   }
 
  private:
@@ -280,7 +281,7 @@ __device__ inline void score_block(const Rows& rows, int count, int block, Queri
   products.finish([&](int row, int query, float value) {
     const int r = block * kBlockRows + row;
     if (r < blocks * kBlockRows) {
-      scores[query * stride + slice * blocks * kBlockRows + r] = value;
+      store_shared(scores + query * stride + slice * blocks * kBlockRows + r, value);
     }
   });
 }
@@ -402,6 +403,9 @@ __device__ inline float more_exponentials(float* scores, int rows, int slices, f
     part += e;
   }
   part = warp_sum(part);
+  // All lanes have read `largest`, on which what they shuffled since depends; but no shuffle orders
+  // memory.
+  __syncwarp();
   if (lane() == 0) {
     *largest = now;
     *sum = factor * *sum + part;

@@ -31,7 +31,7 @@ struct SlabRows {
     const int vector = (first_column + column) / kVector<T> ^ swizzle;
     return reinterpret_cast<uint4*>(base + row * row_bytes) + vector;
   }
-  __device__ uint4 load(int r, int column) const { return *at(r, column); }
+  __device__ uint4 load(int r, int column) const { return load_shared(at(r, column)); }
   __device__ SlabRows from(int column) const {
     return {base, row_bytes, first_row, first_column + column};
   }

@@ -36,7 +36,7 @@ __device__ inline void store_vector(T* target, const float (&v)[kVector<T>]) {
     packed = {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
               __float_as_uint(v[3])};
   }
-  *reinterpret_cast<uint4*>(target) = packed;
+  store_global(reinterpret_cast<uint4*>(target), packed);
 }
 
 template <typename T>
@@ -253,7 +253,7 @@ struct SharedWeights {
   const float* base;
   int stride;
   __device__ float4 load(int query, int row) const {
-    return *reinterpret_cast<const float4*>(base + query * stride + row);
+    return load_shared(reinterpret_cast<const float4*>(base + query * stride + row));
   }
 };
 

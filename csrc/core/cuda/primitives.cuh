@@ -51,6 +51,20 @@ __device__ inline uint4 load_streaming(const void* address) {
   return v;
 }
 
+// What is hot goes through these, so that the emulation can count sectors and bank conflicts.
+template <typename T>
+__device__ inline void store_global(T* address, T value) {
+  *address = value;
+}
+template <typename T>
+__device__ inline T load_shared(const T* address) {
+  return *address;
+}
+template <typename T>
+__device__ inline void store_shared(T* address, T value) {
+  *address = value;
+}
+
 // Asks for the 128-byte line of `address` in L2; no result, no wait.
 __device__ inline void prefetch_l2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));

@@ -34,7 +34,9 @@ __device__ inline void copy_piece(std::byte* target, const std::byte* source, in
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
     const int i = lane + 32 * j;
-    if (i < words) *reinterpret_cast<uint4*>(target + head + 16 * i) = loaded[j];
+    if (i < words) {
+      store_global(reinterpret_cast<uint4*>(target + head + 16 * i), loaded[j]);
+    }
   }
   const int tail = head + 16 * words + lane - 16;  // lanes from 16 on; the others have the head
   if (lane < head) target[lane] = source[lane];
