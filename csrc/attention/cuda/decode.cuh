@@ -34,7 +34,7 @@ __device__ inline void score_slice(const DecodeArgs& args, const Chunk& chunk,
                rows.count - first, queries, steps * warp() / kWarps * kColumnStep<T>,
                steps * (warp() + 1) / kWarps * kColumnStep<T>);
   products.finish([&](int row, int query, float value) {
-    parts[(warp() * kTileQueries + query) * kRows + row] = value;
+    store_shared(parts + (warp() * kTileQueries + query) * part_stride(kRows) + row, value);
   });
   __syncthreads();
   const int stride = score_stride(a.table.max_rows);
@@ -43,7 +43,10 @@ __device__ inline void score_slice(const DecodeArgs& args, const Chunk& chunk,
     if (row >= rows.count) continue;
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += parts[w * kTileQueries * kRows + i];
+    for (int w = 0; w < kWarps; ++w) {
+      const int query = w * kTileQueries + i / kRows;
+      sum += load_shared(parts + query * part_stride(kRows) + i % kRows);
+    }
     args.scores[static_cast<int64_t>(chunk.query_begin + i / kRows) * stride + row] = sum;
   }
   __syncthreads();  // parts are free again
@@ -61,9 +64,10 @@ __device__ inline void sum_tile(const Attention& a, const Chunk& chunk, const Se
   sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, share * warp(),
            min(share * (warp() + 1), rows.count), SharedWeights{exponentials, stride});
   sums.finish([&](int q, int column, const float (&v)[kVector<T>]) {
+    float4* part = reinterpret_cast<float4*>(parts) + warp() * kWarpFours;
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      parts[(warp() * kTileQueries + q) * kTileColumns + column + i] = v[i];
+    for (int i = 0; i < kVector<T>; i += 4) {
+      store_shared(part + place_of_four(q, column + i), float4{v[i], v[i + 1], v[i + 2], v[i + 3]});
     }
   });
   __syncthreads();
@@ -73,9 +77,11 @@ __device__ inline void sum_tile(const Attention& a, const Chunk& chunk, const Se
     float v[kVector<T>] = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
+      const float4* part = reinterpret_cast<const float4*>(parts) + w * kWarpFours;
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        v[j] += parts[(w * kTileQueries + q) * kTileColumns + column + j];
+      for (int j = 0; j < kVector<T>; j += 4) {
+        const float4 four = load_shared(part + place_of_four(q, column + j));
+        v[j] += four.x, v[j + 1] += four.y, v[j + 2] += four.z, v[j + 3] += four.w;
       }
     }
 #pragma unroll

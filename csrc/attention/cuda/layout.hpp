@@ -27,8 +27,21 @@ L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
   return static_cast<int>((rows + 31) / 32 * 32 + 16);
 }
 
-// Float parts of the decode kernel's warps: [warp][query][column].
-inline constexpr int kDecodeParts = kWarps * kTileQueries * kTileColumns;
+// The decode kernel's warps leave their parts of a result in shared memory. Of scores [warp][query]
+// [row]: four more floats from query to query, so that what a matrix product has side by side, 8
+// rows of every other query, lies in different banks.
+L3EXT_HOST_DEVICE inline constexpr int part_stride(int rows) { return rows + 4; }
+// Of sums, four columns at a time: a query's even fours, then its odd ones. Warps write the same
+// half of two neighbouring eights for every other query, and read all fours of one query.
+inline constexpr int kPartFours = kTileColumns / 4 / 2;  // of a query, even or odd
+inline constexpr int kOddFours = kTileQueries * (kPartFours + 1) + 4;
+inline constexpr int kWarpFours = kOddFours + kTileQueries * (kPartFours + 1);
+L3EXT_HOST_DEVICE inline constexpr int place_of_four(int query, int column) {
+  const int four = column / 4;
+  return four % 2 * kOddFours + query * (kPartFours + 1) + four / 2;
+}
+inline constexpr int kDecodeParts = kWarps * kWarpFours * 4;  // floats
+static_assert(kDecodeParts >= kWarps * kTileQueries * part_stride(2 * kBlockRows));
 
 // Tied tables: rows staged in shared memory serve both products. As many at a time as fit 64 KiB,
 // beside which the queries leave room for a second block on a multiprocessor; 16 at least, and at
