@@ -2,6 +2,7 @@
 #include "attention/cuda/heuristics.hpp"
 
 #include <cstdint>
+#include <vector>
 
 #include "attention/cuda/layout.hpp"
 #include "check.hpp"
@@ -72,6 +73,28 @@ void scores_of_neighbouring_queries_lie_in_other_banks() {
   for (int64_t rows = 0; rows <= 4096; ++rows) {
     EXPECT(score_stride(rows) >= rows && score_stride(rows) >= 128);
     EXPECT(score_stride(rows) % 32 == 16);
+    for (int query = 0; query < 64; ++query) {  // no place is another query's
+      EXPECT(score_place(query, static_cast<int>(rows)) / 32 == rows / 32);
+    }
+  }
+  for (int query = 0; query < 64; ++query) {
+    uint32_t places = 0;
+    for (int i = 0; i < 32; ++i) places |= 1u << score_place(query, i);
+    EXPECT(places == 0xffffffffu);  // each its own
+    for (int i = 0; i < 32; ++i) {  // fours stay together: they are loaded as one
+      EXPECT(score_place(query, i) == score_place(query, i / 4 * 4) + i % 4);
+    }
+  }
+}
+
+// Each four of a query has a place of its own among those of a warp.
+void parts_do_not_overlap() {
+  std::vector<int> used(kWarpFours);
+  for (int query = 0; query < kTileQueries; ++query) {
+    for (int column = 0; column < kTileColumns; column += 4) {
+      const int place = place_of_four(query, column);
+      EXPECT(place >= 0 && place < kWarpFours && used[place]++ == 0);
+    }
   }
 }
 
@@ -120,6 +143,7 @@ int main() {
   RUN(what_is_chosen_fits);
   RUN(slabs_are_whole_blocks_that_fit);
   RUN(scores_of_neighbouring_queries_lie_in_other_banks);
+  RUN(parts_do_not_overlap);
   RUN(blocks_leave_room_for_others);
   RUN(decode_pieces_grow_with_the_batch);
   RUN(decode_covers_all_rows_and_columns);

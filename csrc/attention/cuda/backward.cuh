@@ -48,17 +48,19 @@ __device__ inline int64_t first_gradient_row(const BackwardArgs& a, int segment)
 }
 
 // --- weights of row gradients: the queries are summed over ---------------------------------------
-// [query][row] in shared memory, read across: for row `row` of the table, four queries.
+// In shared memory, read across: for row first + row of the table four queries, from a multiple of
+// four on.
 struct TransposedWeights {
-  const float* base;
-  int stride;
+  Scores scores;
+  int first;
   int rows;
   int queries;  // a multiple of 4
   __device__ float4 load(int row, int query) const {
     if (row >= rows || query >= queries) return {0, 0, 0, 0};
-    const float* w = base + query * stride + row;
-    return {load_shared(w), load_shared(w + stride), load_shared(w + 2 * stride),
-            load_shared(w + 3 * stride)};
+    const float* w = scores.at(query, first + row);
+    const float* other = scores.at(query + 2, first + row);  // as the next, in another place
+    return {load_shared(w), load_shared(w + scores.stride), load_shared(other),
+            load_shared(other + scores.stride)};
   }
 };
 
@@ -155,8 +157,8 @@ __device__ inline void copy_chunk_gradients(const BackwardArgs& a, const Schedul
 
 // --- query gradients -----------------------------------------------------------------------------
 // p and ds of one query, by one warp, in place of its scores and of dp; both in `slices` parts.
-__device__ inline void softmax_backward(float* p, float* dp, int rows, int p_slices, int dp_slices,
-                                        float scale) {
+__device__ inline void softmax_backward(const Scores::OfQuery& p, const Scores::OfQuery& dp,
+                                        int rows, int p_slices, int dp_slices, float scale) {
   const int padded = padded_rows(rows);
   const float inverse = 1.0f / exponentials(p, rows, p_slices, scale);
   float dot = 0;
@@ -171,18 +173,19 @@ __device__ inline void softmax_backward(float* p, float* dp, int rows, int p_sli
 
 // [query][row] to [row][query] in the workspace; the whole block.
 template <typename T>
-__device__ inline void store_weights(const float* weights, int stride, int rows, int queries,
-                                     T* target, int64_t target_stride) {
+__device__ inline void store_weights(const Scores& weights, int rows, int queries, T* target,
+                                     int64_t target_stride) {
   const int tiles = (queries + kTileQueries - 1) / kTileQueries;
   for (int i = threadIdx.x; i < rows * tiles; i += kThreads) {
     const int row = i / tiles, tile = i % tiles;
-    const float* w = weights + tile * kTileQueries * stride + row;
     T* to = target + row * target_stride + tile * kTileQueries;
 #pragma unroll
     for (int j = 0; j < kTileQueries; j += kVector<T>) {
       float v[kVector<T>];
 #pragma unroll
-      for (int k = 0; k < kVector<T>; ++k) v[k] = w[(j + k) * stride];
+      for (int k = 0; k < kVector<T>; ++k) {
+        v[k] = load_shared(weights.at(tile * kTileQueries + j + k, row));
+      }
       store_vector<T>(to + j, v);
     }
   }
@@ -193,27 +196,26 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
                                        const SegmentRows<T>& rows, int segment, int query_begin,
                                        int queries) {
   const int stride = score_stride(a.table.max_rows);
-  auto* p = reinterpret_cast<float*>(dynamic_shared());
-  float* ds = p + Tiles * kTileQueries * stride;
-  auto* ring = reinterpret_cast<std::byte*>(ds + Tiles * kTileQueries * stride);
+  const Scores p{reinterpret_cast<float*>(dynamic_shared()), stride};
+  const Scores ds{p.base + Tiles * kTileQueries * stride, stride};
+  auto* ring = reinterpret_cast<std::byte*>(ds.base + Tiles * kTileQueries * stride);
   const int32_t* permutation = a.permutation + query_begin;
 
   prefetch_rows(rows.values, a.table.value_stride, rows.count, a.d_emb);
   const QuerySource<T> x{static_cast<const T*>(a.x), a.x_stride, permutation, queries};
-  score_rows<T, Tiles, Staged>(rows.keys, a.table.key_stride, rows.count, x, a.d_in, p, stride,
-                               ring);
+  score_rows<T, Tiles, Staged>(rows.keys, a.table.key_stride, rows.count, x, a.d_in, p, ring);
   if constexpr (Staged) __syncthreads();  // the ring is free again
   const QuerySource<T> dy{static_cast<const T*>(a.dy), a.dy_stride, permutation, queries};
   score_rows<T, Tiles, Staged>(rows.values, a.table.value_stride, rows.count, dy, a.d_emb, ds,
-                               stride, ring);
+                               ring);
   __syncthreads();
   const int padded = (queries + kTileQueries - 1) / kTileQueries * kTileQueries;
   const int slices = column_slices(rows.count);
   for (int q = warp(); q < padded; q += kWarps) {
     if (q < queries) {
-      softmax_backward(p + q * stride, ds + q * stride, rows.count, slices, slices, a.scale);
+      softmax_backward(p.of(q), ds.of(q), rows.count, slices, slices, a.scale);
     } else {
-      for (int r = lane(); r < rows.count; r += 32) p[q * stride + r] = ds[q * stride + r] = 0.0f;
+      for (int r = lane(); r < rows.count; r += 32) *p.at(q, r) = *ds.at(q, r) = 0.0f;
     }
   }
   __syncthreads();
@@ -224,7 +226,7 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
       sums.clear();
       sums.tiles = padded / kTileQueries;
       sums.run(StridedRows<T>{rows.keys + tile * kTileColumns, a.table.key_stride}, 0, rows.count,
-               SharedWeights{ds, stride});
+               SharedWeights{ds});
       sums.finish([&](int q, int column, const float (&v)[kVector<T>]) {
         if (q >= queries) return;
         store_vector<T>(
@@ -238,9 +240,8 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
   if (all_queries > a.whole_queries) {
     const int64_t target_stride = (all_queries + 7) / 8 * 8;
     const int64_t target = schedule.segment_weights[segment] + query_begin - begin;
-    store_weights<T>(p, stride, rows.count, queries, static_cast<T*>(a.p_weights) + target,
-                     target_stride);
-    store_weights<T>(ds, stride, rows.count, queries, static_cast<T*>(a.ds_weights) + target,
+    store_weights<T>(p, rows.count, queries, static_cast<T*>(a.p_weights) + target, target_stride);
+    store_weights<T>(ds, rows.count, queries, static_cast<T*>(a.ds_weights) + target,
                      target_stride);
     return;
   }
@@ -251,16 +252,16 @@ __device__ inline void query_gradients(const BackwardArgs& a, const Schedule& sc
     const GradientTile<T> tile(a, segment, query_begin, i);
     HeldRows<T, kSteps> held;
     held.load(tile.queries, queries);
-    const float* weights = tile.of_keys ? ds : p;
+    const Scores weights{tile.of_keys ? ds.base : p.base, stride};
     for (int r = 0; r < rows.count; r += kRowTiles * kTileQueries) {
       const int count = min(rows.count - r, kRowTiles * kTileQueries);
       ColumnSums<T, kRowTiles, 1> sums;
       sums.clear();
       sums.tiles = (count + kTileQueries - 1) / kTileQueries;
-      sums.add(held, TransposedWeights{weights + r, stride, count, padded});
+      sums.add(held, TransposedWeights{weights, r, count, padded});
       if constexpr (Tied) {
         if (tile.of_keys) {
-          sums.run(tile.dy, 0, queries, TransposedWeights{p + r, stride, count, padded});
+          sums.run(tile.dy, 0, queries, TransposedWeights{p, r, count, padded});
         }
       }
       tile.store(sums, r, count);

@@ -55,14 +55,13 @@ __device__ inline void score_slice(const DecodeArgs& args, const Chunk& chunk,
 // Columns [64 * tile, +64) of the chunk's outputs, from the exponentials in shared memory.
 template <typename T>
 __device__ inline void sum_tile(const Attention& a, const Chunk& chunk, const SegmentRows<T>& rows,
-                                int tile, const float* exponentials, const float* inverse,
+                                int tile, const Scores& exponentials, const float* inverse,
                                 float* parts) {
-  const int stride = score_stride(a.table.max_rows);
   const int share = padded_rows((rows.count + kWarps - 1) / kWarps);
   ColumnSums<T, 1, 1> sums;
   sums.clear();
   sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, share * warp(),
-           min(share * (warp() + 1), rows.count), SharedWeights{exponentials, stride});
+           min(share * (warp() + 1), rows.count), SharedWeights{exponentials});
   sums.finish([&](int q, int column, const float (&v)[kVector<T>]) {
     float4* part = reinterpret_cast<float4*>(parts) + warp() * kWarpFours;
 #pragma unroll
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, false>)
   const int stride = score_stride(a.table.max_rows);
   auto* parts = reinterpret_cast<float*>(dynamic_shared());
   float* inverse = parts + kDecodeParts;
-  float* weights = inverse + kTileQueries;  // [8, stride]
+  const Scores weights{inverse + kTileQueries, stride};  // of 8 queries
 
   copy_chunks<T>(a, schedule);
   for (int unit = blockIdx.x; unit < chunks * args.slices; unit += gridDim.x) {
@@ -141,9 +140,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T, false>)
     for (int q = warp(); q < kTileQueries; q += kWarps) {
       const float* scores = args.scores + static_cast<int64_t>(chunk.query_begin + q) * stride;
       for (int r = lane(); r < rows.count; r += 32) {
-        weights[q * stride + r] = q < chunk.queries ? scores[r] : 0.0f;
+        *weights.at(q, r) = q < chunk.queries ? scores[r] : 0.0f;
       }
-      const float sum = exponentials(weights + q * stride, rows.count, 1, a.scale);
+      const float sum = exponentials(weights.of(q), rows.count, 1, a.scale);
       if (lane() == 0) inverse[q] = 1.0f / sum;
     }
     __syncthreads();

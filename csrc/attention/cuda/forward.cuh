@@ -24,21 +24,21 @@ template <typename T, int Tiles, bool Staged>
 __device__ inline void attend(const Attention& a, const SegmentRows<T>& rows, int query_begin,
                               int queries) {
   const int stride = score_stride(a.table.max_rows);
-  auto* scores = reinterpret_cast<float*>(dynamic_shared());
-  float* inverse = scores + Tiles * kTileQueries * stride;
+  const Scores scores{reinterpret_cast<float*>(dynamic_shared()), stride};
+  float* inverse = scores.base + Tiles * kTileQueries * stride;
   auto* ring = reinterpret_cast<std::byte*>(inverse + Tiles * kTileQueries);
   const int32_t* permutation = a.permutation + query_begin;
 
   prefetch_rows(rows.values, a.table.value_stride, rows.count, a.d_emb);
   const QuerySource<T> source{static_cast<const T*>(a.x), a.x_stride, permutation, queries};
   score_rows<T, Tiles, Staged>(rows.keys, a.table.key_stride, rows.count, source, a.d_in, scores,
-                               stride, ring);
+                               ring);
   __syncthreads();
   // Queries that pad the last tile too: their scores are those of zeros, and finite.
   const int slices = column_slices(rows.count);
   const int padded = (queries + kTileQueries - 1) / kTileQueries * kTileQueries;
   for (int q = warp(); q < padded; q += kWarps) {
-    const float sum = exponentials(scores + q * stride, rows.count, slices, a.scale);
+    const float sum = exponentials(scores.of(q), rows.count, slices, a.scale);
     if (lane() == 0) inverse[q] = 1.0f / sum;
   }
   __syncthreads();
@@ -47,7 +47,7 @@ __device__ inline void attend(const Attention& a, const SegmentRows<T>& rows, in
     sums.clear();
     sums.tiles = padded / kTileQueries;
     sums.run(StridedRows<T>{rows.values + tile * kTileColumns, a.table.value_stride}, 0, rows.count,
-             SharedWeights{scores, stride});
+             SharedWeights{scores});
     sums.finish([&](int q, int column, float (&v)[kVector<T>]) {
       if (q >= queries) return;
 #pragma unroll

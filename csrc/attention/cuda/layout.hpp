@@ -26,6 +26,13 @@ L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
   const int64_t rows = max_rows > 128 ? max_rows : 128;
   return static_cast<int>((rows + 31) / 32 * 32 + 16);
 }
+// And where its i-th score is among them: of every 32, the four eights change places from one pair
+// of queries to the next. So in different banks lie the same rows, up to 8, of queries that are 2
+// apart (as a matrix product leaves scores) and of queries that are 4 apart (as row gradients read
+// weights).
+L3EXT_HOST_DEVICE inline constexpr int score_place(int query, int i) {
+  return i ^ (query / 4 % 4 ^ query / 2 % 2 * 2) * 8;
+}
 
 // The decode kernel's warps leave their parts of a result in shared memory. Of scores [warp][query]
 // [row]: four more floats from query to query, so that what a matrix product has side by side, 8

@@ -270,8 +270,8 @@ __device__ inline int column_slices(int rows) {
 // rows.
 template <typename T, int RowBlocks, int Tiles, int Depth, typename Rows, typename Queries>
 __device__ inline void score_block(const Rows& rows, int count, int block, Queries& queries,
-                                   int num_queries, int width, int slice, int slices, float* scores,
-                                   int stride) {
+                                   int num_queries, int width, int slice, int slices,
+                                   const Scores& scores) {
   const int blocks = padded_rows(count) / kBlockRows;
   const int steps = width / kColumnStep<T>;
   RowProducts<T, RowBlocks, Tiles, Depth> products;
@@ -281,24 +281,24 @@ __device__ inline void score_block(const Rows& rows, int count, int block, Queri
   products.finish([&](int row, int query, float value) {
     const int r = block * kBlockRows + row;
     if (r < blocks * kBlockRows) {
-      store_shared(scores + query * stride + slice * blocks * kBlockRows + r, value);
+      store_shared(scores.at(query, slice * blocks * kBlockRows + r), value);
     }
   });
 }
 
-// scores[query * stride + slice * padded_rows(count) + row] of rows [0, count), count >= 1, in
-// column_slices(count) slices. Barriers are the caller's: before it (scores and ring are free) and
-// after.
+// Scores of rows [0, count), count >= 1, in column_slices(count) slices: that of a query's row is
+// its slice * padded_rows(count) + row-th. Barriers are the caller's: before it (scores and ring
+// are free) and after.
 template <typename T, int Tiles, bool Staged>
 __device__ inline void score_rows(const T* rows, int row_stride, int count,
-                                  const QuerySource<T>& source, int width, float* scores,
-                                  int stride, std::byte* ring) {
+                                  const QuerySource<T>& source, int width, const Scores& scores,
+                                  std::byte* ring) {
   const int blocks = padded_rows(count) / kBlockRows;
   const auto run = [&]<int RowBlocks, int Depth>(auto& queries, int block, int slice, int slices) {
     const StridedRows<T> from{rows + static_cast<int64_t>(block) * kBlockRows * row_stride,
                               row_stride};
     score_block<T, RowBlocks, Tiles, Depth>(from, count, block, queries, source.count, width, slice,
-                                            slices, scores, stride);
+                                            slices, scores);
   };
   if (!Staged || blocks <= kWarps) {
     const int slices = column_slices(count);
@@ -352,7 +352,8 @@ __device__ inline float warp_max(float v) {
 }
 
 // The sum of a row's column slices, in order.
-__device__ inline float whole_score(const float* scores, int row, int slices, int slice_stride) {
+__device__ inline float whole_score(const Scores::OfQuery& scores, int row, int slices,
+                                    int slice_stride) {
   float sum = scores[row];
   for (int j = 1; j < slices; ++j) sum += scores[j * slice_stride + row];
   return sum;
@@ -361,7 +362,8 @@ __device__ inline float whole_score(const float* scores, int row, int slices, in
 // One query's softmax by one warp: scores of `rows` rows in `slices` parts, as score_rows leaves
 // them, become exp(scale * (score - max)); zeros follow to the next multiple of 16. Returns their
 // sum; NaN where a score is NaN or all are -infinity, as the definition has it.
-__device__ inline float exponentials(float* scores, int rows, int slices, float scale) {
+__device__ inline float exponentials(const Scores::OfQuery& scores, int rows, int slices,
+                                     float scale) {
   const int padded = padded_rows(rows);
   float largest = -INFINITY;
   for (int r = lane(); r < rows; r += 32) {
@@ -382,8 +384,8 @@ __device__ inline float exponentials(float* scores, int rows, int slices, float 
 // The same for one slab of a segment's rows after the other: exponentials relative to the largest
 // score so far. `largest` and `sum` are in shared memory, -infinity and 0 before the first slab.
 // What was summed with the weights of the slabs before is to be multiplied by the result.
-__device__ inline float more_exponentials(float* scores, int rows, int slices, float scale,
-                                          float* largest, float* sum) {
+__device__ inline float more_exponentials(const Scores::OfQuery& scores, int rows, int slices,
+                                          float scale, float* largest, float* sum) {
   const int padded = padded_rows(rows);
   const float before = *largest;
   float now = before;

@@ -71,8 +71,9 @@ class SlabAttention {
     const int row_bytes = a.d_in * static_cast<int>(sizeof(T));
     rows_ = {dynamic_shared(), row_bytes};
     queries_.rows = {dynamic_shared() + slab_ * row_bytes, row_bytes};
-    scores_ = reinterpret_cast<float*>(queries_.rows.base + kTileQueries * row_bytes);
-    state_ = reinterpret_cast<State*>(scores_ + kTileQueries * kSlabScoreStride);
+    scores_ = {reinterpret_cast<float*>(queries_.rows.base + kTileQueries * row_bytes),
+               kSlabScoreStride};
+    state_ = reinterpret_cast<State*>(scores_.base + kTileQueries * kSlabScoreStride);
   }
 
   // Rows [0, count), count >= 1, for at most 8 queries; the whole block, as all members.
@@ -146,13 +147,11 @@ class SlabAttention {
     const int block = warp() / slices;  // no warp has a second one
     if (block * kBlockRows < count) {
       score_block<T, 1, 1, 1>(rows_.from_row(block * kBlockRows), count, block, queries_,
-                              kTileQueries, width, warp() % slices, slices, scores_,
-                              kSlabScoreStride);
+                              kTileQueries, width, warp() % slices, slices, scores_);
     }
     __syncthreads();
-    const float factor =
-        more_exponentials(scores_ + warp() * kSlabScoreStride, count, slices, a_.scale,
-                          &state_->largest[warp()], &state_->sums[warp()]);
+    const float factor = more_exponentials(scores_.of(warp()), count, slices, a_.scale,
+                                           &state_->largest[warp()], &state_->sums[warp()]);
     if (lane() == 0) state_->factors[warp()] = factor;
     __syncthreads();
     each_tile([&](ColumnSums<T, 1, 1>& sums, int tile) {
@@ -161,7 +160,7 @@ class SlabAttention {
       for (int r = 0; r < count; r += kRowStep<T>) {
         HeldRows<T, 1> rows;  // and none ahead: what a multiprocessor's own memory holds is near
         rows.load(rows_.from_row(r).from(tile * kTileColumns), count - r);
-        sums.add(rows, SharedWeights{scores_ + r, kSlabScoreStride});
+        sums.add(rows, SharedWeights{scores_, r});
       }
     });
     __syncthreads();  // rows, scores and factors are free again
@@ -171,7 +170,7 @@ class SlabAttention {
   int slab_;  // rows
   SlabRows<T> rows_;
   SlabQueries<T> queries_;
-  float* scores_;
+  Scores scores_;
   State* state_;
   ColumnSums<T, 1, 1> sums_[kSlabTiles];
 };

@@ -247,13 +247,29 @@ struct RowProducts {
   }
 };
 
-// --- weights of ColumnSums -----------------------------------------------------------------------
-// Four rows' weights of one query. [query][row] in shared memory, `stride` from query to query.
-struct SharedWeights {
-  const float* base;
+// --- scores, and the weights that become of them -------------------------------------------------
+// [query][row] in shared memory, as score_stride and score_place lay them out.
+struct Scores {
+  float* base;
   int stride;
+
+  __device__ float* at(int query, int row) const {
+    return base + query * stride + score_place(query, row);
+  }
+  struct OfQuery {
+    float* base;
+    int query;
+    __device__ float& operator[](int row) const { return base[score_place(query, row)]; }
+  };
+  __device__ OfQuery of(int query) const { return {base + query * stride, query}; }
+};
+
+// Weights of ColumnSums: of one query and four rows from row first + row on, a multiple of four.
+struct SharedWeights {
+  Scores scores;
+  int first = 0;
   __device__ float4 load(int query, int row) const {
-    return load_shared(reinterpret_cast<const float4*>(base + query * stride + row));
+    return load_shared(reinterpret_cast<const float4*>(scores.at(query, first + row)));
   }
 };
 
