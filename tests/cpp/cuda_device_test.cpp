@@ -65,21 +65,35 @@ struct Arrays {
 
 // One step: the same arrays for the host and for the device.
 struct Step {
-  static constexpr int64_t kDIn = 128, kDEmb = 64, kWidth = kDIn + kDEmb;
+  static constexpr int64_t kDIn = 128;
 
   DType dtype;
   int64_t tokens;
+  bool tied;  // values are the keys
+  int64_t d_emb, width;
   std::vector<int64_t> offsets{0}, ids;
   std::vector<std::byte> x, dy, table;
   l3ext::PlanBuffers plan;
 
-  Step(DType type, int64_t num_tokens) : dtype(type), tokens(num_tokens) {
-    for (const int64_t rows : {1, 2, 17, 64, 130, 1, 9}) offsets.push_back(offsets.back() + rows);
+  Step(DType type, int64_t num_tokens, bool tied_table)
+      : dtype(type),
+        tokens(num_tokens),
+        tied(tied_table),
+        d_emb(tied ? kDIn : 64),
+        width(tied ? kDIn : kDIn + d_emb) {
+    for (const int64_t rows : {40, 100, 1, 2, 17, 64, 130, 1, 9}) {
+      offsets.push_back(offsets.back() + rows);
+    }
+    // However many positions there are, one token has 3 of them and one 12: stream chunks, and what
+    // slabs take of the dense ones.
     std::mt19937 random(3);
-    for (int64_t i = 0; i < tokens; ++i) ids.push_back(static_cast<int64_t>(random() % 7));
+    for (int64_t i = 0; i < tokens; ++i) {
+      ids.push_back(i % 3 == 1 && i < 45 ? (i < 9 ? 0 : 1)
+                                         : 2 + static_cast<int64_t>(random() % 7));
+    }
     x = random_elements(dtype, tokens * kDIn, 4);
-    dy = random_elements(dtype, tokens * kDEmb, 5);
-    table = random_elements(dtype, offsets.back() * kWidth, 6);
+    dy = random_elements(dtype, tokens * d_emb, 5);
+    table = random_elements(dtype, offsets.back() * width, 6);
     plan.make(ids, offsets);
   }
 
@@ -87,16 +101,18 @@ struct Step {
     return elements * static_cast<int64_t>(l3ext::dtype_bytes(dtype));
   }
 
+  int64_t value_bytes() const { return tied ? 0 : bytes_of(kDIn); }  // from a row's start
+
   // Parameters over arrays that lie at these addresses, all with rows of their own width.
   template <typename Params>
   void fill(Params& params, const std::byte* x_at, const std::byte* table_at) const {
     params.dtype = dtype;
     params.x = {x_at, kDIn};
-    params.keys = {table_at, kWidth};
-    params.values = {table_at + bytes_of(kDIn), kWidth};
+    params.keys = {table_at, width};
+    params.values = {table_at + value_bytes(), width};
     params.table_rows = offsets.back();
     params.d_in = kDIn;
-    params.d_emb = kDEmb;
+    params.d_emb = d_emb;
     params.scale = 0.5;
   }
   l3ext::SegmentedAttentionBackwardParams backward(const std::byte* x_at, const std::byte* table_at,
@@ -104,23 +120,23 @@ struct Step {
                                                    std::byte* dtable_at) const {
     l3ext::SegmentedAttentionBackwardParams params;
     fill(params, x_at, table_at);
-    params.dy = {dy_at, kDEmb};
+    params.dy = {dy_at, d_emb};
     params.dx = {dx_at, kDIn};
-    params.dkeys = {dtable_at, kWidth};
-    params.dvalues = {dtable_at + bytes_of(kDIn), kWidth};
+    params.dkeys = {dtable_at, width};
+    if (!tied) params.dvalues = {dtable_at + value_bytes(), width};
     return params;
   }
 };
 
 Arrays run_on_host(const Step& step) {
   Arrays out;
-  out.y.resize(step.bytes_of(step.tokens * Step::kDEmb));
+  out.y.resize(step.bytes_of(step.tokens * step.d_emb));
   out.dx.resize(step.x.size());
   out.dtable.resize(step.table.size());
   l3ext::SegmentedAttentionParams forward;
   step.fill(forward, step.x.data(), step.table.data());
   forward.plan = step.plan.view();
-  forward.y = {out.y.data(), Step::kDEmb};
+  forward.y = {out.y.data(), step.d_emb};
   l3ext::segmented_attention(forward);
   auto backward = step.backward(step.x.data(), step.table.data(), step.dy.data(), out.dx.data(),
                                 out.dtable.data());
@@ -199,15 +215,33 @@ Arrays run_on_device(const Step& step) {
   view.max_rows = 130;
 
   const Memory x = upload(step.x), dy = upload(step.dy), table = upload(step.table);
-  const Memory y = poisoned(step.bytes_of(n * Step::kDEmb));
+  const int64_t y_bytes = step.bytes_of(n * step.d_emb);
+  const Memory y = poisoned(y_bytes), through_addresses = poisoned(y_bytes);
   l3ext::SegmentedAttentionParams forward;
   step.fill(forward, x->as<std::byte>(), table->as<std::byte>());
   forward.plan = view;
-  forward.y = {y->as<void>(), Step::kDEmb};
-  with_workspace(l3ext::cuda::segmented_attention_workspace(forward),
-                 [&](const l3ext::cuda::Launch& launch) {
-                   l3ext::cuda::segmented_attention(forward, launch);
-                 });
+  const auto attend = [&](const Memory& to) {
+    forward.y = {to->as<void>(), step.d_emb};
+    with_workspace(l3ext::cuda::segmented_attention_workspace(forward),
+                   [&](const l3ext::cuda::Launch& launch) {
+                     l3ext::cuda::segmented_attention(forward, launch);
+                   });
+  };
+  attend(y);
+  // The same rows behind the address of each token's first.
+  std::vector<int64_t> addresses;
+  for (const int64_t first : step.offsets) {
+    addresses.push_back(static_cast<int64_t>(
+        reinterpret_cast<uintptr_t>(table->as<std::byte>() + step.bytes_of(first * step.width))));
+  }
+  const Memory directory = on_device(addresses.data(), params.vocab_size);
+  forward.directory = directory->as<int64_t>();
+  forward.vocab_size = params.vocab_size;
+  forward.keys.data = forward.values.data = nullptr;
+  forward.value_offset = step.tied ? 0 : Step::kDIn;
+  attend(through_addresses);
+  const auto size = static_cast<size_t>(y_bytes);
+  EXPECT(to_host<std::byte>(y, size) == to_host<std::byte>(through_addresses, size));
 
   const Memory dx = poisoned(static_cast<int64_t>(step.x.size()));
   const Memory dtable = poisoned(static_cast<int64_t>(step.table.size()));
@@ -218,8 +252,8 @@ Arrays run_on_device(const Step& step) {
                  [&](const l3ext::cuda::Launch& launch) {
                    l3ext::cuda::segmented_attention_backward(backward, launch);
                  });
-  return {to_host<std::byte>(y, step.bytes_of(n * Step::kDEmb)),
-          to_host<std::byte>(dx, step.x.size()), to_host<std::byte>(dtable, step.table.size())};
+  return {to_host<std::byte>(y, size), to_host<std::byte>(dx, step.x.size()),
+          to_host<std::byte>(dtable, step.table.size())};
 }
 
 // Largest difference over the largest value; both sides round to the dtype.
@@ -242,11 +276,11 @@ bool close(DType dtype, const std::vector<std::byte>& got, const std::vector<std
   return false;
 }
 
-// Above 1024 tokens runs the forward kernel, below the decode kernel; some segments are dense.
-template <int64_t Tokens>
+// Above 1024 tokens run the forward kernels, below the decode kernel; some segments are dense.
+template <int64_t Tokens, bool Tied>
 void device_and_host_agree() {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    const Step step(dtype, Tokens);
+    const Step step(dtype, Tokens, Tied);
     const Arrays expected = run_on_host(step), got = run_on_device(step);
     EXPECT(close(dtype, got.y, expected.y, "y"));
     EXPECT(close(dtype, got.dx, expected.dx, "dx"));
@@ -261,8 +295,10 @@ int main() {
     std::puts("skipped: no CUDA device here");
     return 77;
   }
-  RUN(device_and_host_agree<1>);
-  RUN(device_and_host_agree<50>);
-  RUN(device_and_host_agree<1100>);
+  RUN((device_and_host_agree<1, false>));
+  RUN((device_and_host_agree<50, false>));
+  RUN((device_and_host_agree<1100, false>));
+  RUN((device_and_host_agree<50, true>));
+  RUN((device_and_host_agree<1100, true>));
   return check::failures == 0 ? 0 : 1;
 }
