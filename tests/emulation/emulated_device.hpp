@@ -10,6 +10,8 @@
 //   - collectives that not all lanes reach, and barriers that not all threads reach, end in an
 //     Error that says where every thread waits; so do misaligned copies and launches that a device
 //     would refuse.
+// A test may have the accesses of warps counted (emulated_accesses.hpp).
+//
 // Not emulated: timing; registers and what they do to occupancy; memory that others see late or out
 // of order (every access is sequentially consistent); divergence of lanes inside one mma; waiting
 // for another thread by polling memory.
