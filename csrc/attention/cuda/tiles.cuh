@@ -266,6 +266,7 @@ struct Scores {
 
 // Weights of ColumnSums: of one query and four rows from row first + row on, a multiple of four.
 struct SharedWeights {
+  static constexpr int kTilesTogether = 1;
   Scores scores;
   int first = 0;
   __device__ float4 load(int query, int row) const {
@@ -309,7 +310,7 @@ struct ColumnSums {
   // kMma: accumulators as mma leaves them, of four sets of 16 columns. Otherwise of eight queries
   // and this lane's four columns, over every other group of four rows, until finish().
   float c[kMma ? 4 : kTileQueries][kMma ? Tiles : 1][4];
-  int tiles = Tiles;  // that have queries; the others stay zero
+  int tiles = Tiles;  // that have queries; nobody reads the others
   static_assert(kMma || Tiles == 1);
 
   struct Fragments {
@@ -408,13 +409,23 @@ struct ColumnSums {
         a[0][2 * p + 1] = low_halves(v0.z, v1.z), a[1][2 * p + 1] = high_halves(v0.z, v1.z);
         a[2][2 * p + 1] = low_halves(v0.w, v1.w), a[3][2 * p + 1] = high_halves(v0.w, v1.w);
       }
+      // So many tiles' weights are on their way before the first is used; those without queries get
+      // sums that nobody reads.
+      constexpr int kTogether = Weights::kTilesTogether < Tiles ? Weights::kTilesTogether : Tiles;
 #pragma unroll
-      for (int n = 0; n < Tiles; ++n) {
-        if (Tiles > 1 && n >= tiles) break;
-        const uint2 w = weight_operand(weights, n * kTileQueries + lane() / 4, row);
+      for (int first = 0; first < Tiles; first += kTogether) {
+        if (Tiles > 1 && first >= tiles) break;
+        uint2 w[kTogether];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          mma<T>(c[i][n], a[i][0], a[i][1], a[i][2], a[i][3], w.x, w.y);
+        for (int n = 0; n < kTogether; ++n) {
+          w[n] = weight_operand(weights, (first + n) * kTileQueries + lane() / 4, row);
+        }
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            mma<T>(c[i][first + n], a[i][0], a[i][1], a[i][2], a[i][3], w[n].x, w[n].y);
+          }
         }
       }
     } else {
