@@ -29,9 +29,13 @@ L3EXT_HOST_DEVICE inline constexpr int score_stride(int64_t max_rows) {
 // And where its i-th score is among them: of every 32, the four eights change places from one pair
 // of queries to the next. So in different banks lie the same rows, up to 8, of queries that are 2
 // apart (as a matrix product leaves scores) and of queries that are 4 apart (as row gradients read
-// weights).
+// weights). Not on sm_80, where ptxas 13.0 would spill for it.
 L3EXT_HOST_DEVICE inline constexpr int score_place(int query, int i) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return i;
+#else
   return i ^ (query / 4 % 4 ^ query / 2 % 2 * 2) * 8;
+#endif
 }
 
 // The decode kernel's warps leave their parts of a result in shared memory. Of scores [warp][query]

@@ -185,16 +185,24 @@ struct RowProducts {
   template <typename Queries>
   __device__ void multiply(const uint4 (&rows)[RowBlocks][2], const Queries& queries, int column) {
     if constexpr (kMma) {
+      // Where few products hide it, so many tiles' queries are on their way before the first is
+      // used; those that are none are zeros.
+      constexpr int kTogether = RowBlocks > 1 || Tiles < 4 ? 1 : 4;
 #pragma unroll
-      for (int n = 0; n < Tiles; ++n) {
-        if (Tiles > 1 && n >= tiles) break;
-        const uint4 q = queries.load(n, column);
+      for (int first = 0; first < Tiles; first += kTogether) {
+        if (Tiles > 1 && first >= tiles) break;
+        uint4 q[kTogether];
 #pragma unroll
-        for (int b = 0; b < RowBlocks; ++b) {
-          const uint4& low = rows[b][0];
-          const uint4& high = rows[b][1];
-          mma<T>(c[b][n], low.x, high.x, low.y, high.y, q.x, q.y);
-          mma<T>(c[b][n], low.z, high.z, low.w, high.w, q.z, q.w);
+        for (int n = 0; n < kTogether; ++n) q[n] = queries.load(first + n, column);
+#pragma unroll
+        for (int n = 0; n < kTogether; ++n) {
+#pragma unroll
+          for (int b = 0; b < RowBlocks; ++b) {
+            const uint4& low = rows[b][0];
+            const uint4& high = rows[b][1];
+            mma<T>(c[b][first + n], low.x, high.x, low.y, high.y, q[n].x, q[n].y);
+            mma<T>(c[b][first + n], low.z, high.z, low.w, high.w, q[n].z, q[n].w);
+          }
         }
       }
     } else {
