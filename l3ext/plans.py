@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from l3ext import _C
+from l3ext._arrays import host_integers
 from l3ext._operators import check_device, kernel, library, queue
 
 library.define(
@@ -23,7 +24,7 @@ library.define(
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """The positions of one step, sorted by token id and cut into segments of equal ids.
 
@@ -178,6 +179,10 @@ def plan(
 
 def make_plan(token_ids: Tensor, offsets: Tensor, *, max_rows: int, check_offsets: bool) -> Plan:
     """:func:`plan` of what :func:`as_ids` and :func:`as_offsets` gave."""
+    if offsets.device != token_ids.device:  # torch would run what traces, which fills nothing
+        raise TypeError(
+            f"offsets: expected {token_ids.device}, where the token ids lie, got {offsets.device}"
+        )
     arrays = torch.ops.l3ext.plan.default(token_ids.reshape(-1), offsets, check_offsets)
     fields = (*arrays, max_rows)
     return Plan(*fields)
@@ -185,13 +190,17 @@ def make_plan(token_ids: Tensor, offsets: Tensor, *, max_rows: int, check_offset
 
 def as_ids(token_ids: Any) -> Tensor:
     """Token ids of any shape as an int32 or int64 tensor, where they lie."""
-    ids = torch.as_tensor(token_ids)
+    ids = _as_tensor(token_ids, "token_ids")
     if ids.numel() == 0 and not isinstance(token_ids, (Tensor, np.ndarray)):
         ids = ids.to(torch.int64)  # an empty list has no dtype of its own
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"token_ids: expected an integer dtype, got {ids.dtype}")
     check_device(ids.device, "token_ids")
-    return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int64)
+    if ids.dtype in (torch.int32, torch.int64):
+        return ids
+    if ids.dtype == torch.uint64 and ids.device.type == "cpu":
+        host_integers(ids.reshape(-1), "token_ids")  # what int64 does not hold
+    return ids.to(torch.int64)
 
 
 def as_offsets(offsets: Any) -> Tensor:
@@ -208,7 +217,23 @@ def _borrow(array: Any) -> Tensor:
     with warnings.catch_warnings():
         # An allocation's arrays are read-only, of which torch warns; the plan only reads them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return _as_tensor(array, "offsets")
+
+
+def _as_tensor(array: Any, argument: str) -> Tensor:
+    """``torch.as_tensor``, whose errors do not say of what."""
+    if isinstance(array, Tensor):
+        return array
+    if isinstance(array, np.ndarray) and any(stride < 0 for stride in array.strides):
+        array = np.ascontiguousarray(array)  # torch has no such strides
+    try:
         return torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"{argument}: expected a tensor, a NumPy array or a list of integers, got "
+            f"{type(array).__name__}: {error}"
+        ) from error
 
 
 def _most_rows(offsets: Tensor, device: torch.device) -> int:

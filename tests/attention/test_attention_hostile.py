@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,8 +44,36 @@ def test_ids_that_are_no_integers(ids):
 
 
 @pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (None, TypeError, "token_ids: expected a tensor.* got NoneType"),
+        ("01", TypeError, "token_ids: expected a tensor.* got str"),
+        ([[0], [0, 1]], ValueError, "token_ids: expected a tensor.* got list"),
+        ([2**63], (TypeError, ValueError), "token_ids: expected a tensor.* got list"),
+        (np.array([0, 2**64 - 1], np.uint64), ValueError, f"got {2**64 - 1} at position 1"),
+    ],
+)
+def test_ids_that_are_no_array(ids, error, message):
+    with pytest.raises(error, match=message):
+        l3ext.plan(ids, OFFSETS)
+
+
+def test_arrays_that_run_backwards():
+    plan = l3ext.plan(np.array([0, 1, 1])[::-1], OFFSETS)
+    assert plan.permutation.tolist() == [2, 0, 1]
+    assert plan != l3ext.plan([1, 1, 0], OFFSETS)  # compared by identity, not tensor by tensor
+
+
+def test_offsets_on_another_device_than_the_ids():
+    with pytest.raises(TypeError, match="offsets: expected cpu, where the token ids lie, got meta"):
+        l3ext.plan([0], torch.empty(3, dtype=torch.int64, device="meta"), max_rows=3)
+
+
+@pytest.mark.parametrize(
     ("offsets", "error", "message"),
     [
+        (None, TypeError, "offsets: expected a tensor.* got NoneType"),
+        (l3ext.Allocation.from_rows([2, 3]), TypeError, "offsets: .* got Allocation"),
         (torch.tensor([1, 2, 5]), ValueError, "offsets: expected to start at 0, got 1"),
         (torch.tensor([0, 3, 2]), ValueError, "expected never to fall, got 2 after 3 at index 2"),
         (torch.tensor([0, 2, 5], dtype=torch.int32), TypeError, "offsets: expected int64"),
