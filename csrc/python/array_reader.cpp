@@ -33,7 +33,8 @@ Rows ArrayReader::rows(const TensorArg& tensor, const char* argument, DType dtyp
   check_place(tensor.view(), argument);
   check_dtype(tensor.view(), argument, dtype);
   check_shape(tensor.view(), argument, {rows, width});
-  L3EXT_CHECK(tensor->shape[1] <= 1 || tensor->strides[1] == 1, argument,
+  // Of no rows there is nothing to read, and a gradient that was expanded has no strides then.
+  L3EXT_CHECK(tensor->shape[0] == 0 || tensor->shape[1] <= 1 || tensor->strides[1] == 1, argument,
               ": expected rows of adjacent elements, got stride ", tensor->strides[1],
               " in the last dimension");
   // Producers set the stride of a single row to anything, as it leads nowhere.

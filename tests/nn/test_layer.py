@@ -113,6 +113,13 @@ def test_empty_batch():
     assert out.shape == (0, 7, 16)
 
 
+def test_gradients_of_an_empty_batch():
+    layer, x = make_layer(), torch.zeros(0, 7, 16, dtype=torch.float64, requires_grad=True)
+    layer(x, torch.zeros(0, 7).long()).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not layer.table.grad.any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
