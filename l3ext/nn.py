@@ -108,14 +108,30 @@ class L3Layer(nn.Module):
 
         Also fills ``offsets``: call it after ``to_empty`` of a layer made on the meta device.
         """
-        with torch.no_grad():
-            self.offsets.copy_(torch.tensor(self.allocation.offsets))
+        self._fill_offsets()
         if self.table is not None:
             nn.init.normal_(self.table, std=std)
         nn.init.normal_(self.up.weight, std=std)
         nn.init.normal_(self.mix.weight, std=std)
         nn.init.ones_(self.norm_in.weight)
         nn.init.ones_(self.norm_out.weight)
+
+    def _fill_offsets(self) -> None:
+        offsets = torch.tensor(self.allocation.offsets)
+        if self.offsets.is_meta:
+            # While a state dict is loaded the submodules follow: the table's device is known.
+            table: Tensor | None = self.table
+            if self._quantized_dtype is not None:
+                table = self.get_buffer(_buffer_name(self._quantized_dtype))
+            self.offsets = offsets.to((self.mix.weight if table is None else table).device)
+        else:
+            with torch.no_grad():
+                self.offsets.copy_(offsets)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        # They are not in it, and a layer that was made on the meta device has none yet.
+        self._fill_offsets()
 
     def plan(self, token_ids: Tensor) -> Plan:
         """The plan of these token ids, for all layers with this allocation."""
@@ -204,8 +220,13 @@ class L3Layer(nn.Module):
         """
         if sum(given is not None for given in (token_ids, plan, rows)) != 1:
             raise ValueError("expected exactly one of token_ids, plan and rows")
-        if x.shape[-1] != self.d_model:
-            raise ValueError(f"x: expected {self.d_model} in the last dimension, got {x.shape[-1]}")
+        for name, given in (("x", x), ("token_ids", token_ids)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(given).__name__}")
+        if x.ndim == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(
+                f"x: expected {self.d_model} in the last dimension, got shape {list(x.shape)}"
+            )
         if token_ids is not None:
             if token_ids.shape != x.shape[:-1]:
                 raise ValueError(

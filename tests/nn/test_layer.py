@@ -90,6 +90,17 @@ def test_meta_device_then_materialised():
     assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_meta_device_then_loaded(assign):
+    source, layer = make_layer(dtype=torch.float32), make_layer(device="meta", dtype=torch.float32)
+    if not assign:
+        layer = layer.to_empty(device="cpu")
+        layer.offsets.fill_(-1)  # whatever was in that memory
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    x, ids = torch.randn(3, 16), torch.tensor([0, 3, 5])
+    assert torch.equal(layer(x, ids), source(x, ids))
+
+
 def test_autocast_keeps_the_table_in_float32():
     layer = make_layer(dtype=torch.float32)
     x = torch.randn(2, 5, 16)
@@ -143,9 +154,15 @@ def test_wrong_calls():
         layer(x)
     with pytest.raises(ValueError, match="exactly one of token_ids, plan and rows"):
         layer(x, ids, plan=layer.plan(ids))
-    with pytest.raises(ValueError, match="x: expected 16 in the last dimension, got 8"):
+    with pytest.raises(ValueError, match=r"x: expected 16 in the last dimension.* \[2, 5, 8\]"):
         layer(x[..., :8], ids)
     with pytest.raises(ValueError, match=r"token_ids: expected shape \[2, 5\], got \[10\]"):
         layer(x, ids.reshape(-1))
+    with pytest.raises(ValueError, match=r"x: expected 16 in the last dimension, got shape \[\]"):
+        layer(x.sum(), ids)
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got ndarray"):
+        layer(x.numpy(), ids)
+    with pytest.raises(TypeError, match=r"token_ids: expected a torch.Tensor, got list"):
+        layer(x, ids.tolist())
     with pytest.raises(ValueError, match="got 6 at position 0"):
         layer(x, ids + 6)
