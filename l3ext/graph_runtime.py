@@ -29,6 +29,7 @@ from l3ext._runtimes import (
     placement_sums,
     runtime_device,
     tables_in_memory,
+    whole_numbers,
 )
 from l3ext.plans import as_ids, as_offsets, make_plan
 from l3ext.quantization import QUANTIZED_DTYPES
@@ -211,14 +212,15 @@ class GraphRuntime(ClosedByWith):
     ) -> None:
         self._device = runtime_device(device)
         self._fetch_blocks = fetch_blocks
+        numbers = whole_numbers(
+            cache_bytes=cache_bytes, ring_bytes=ring_bytes, fetch_blocks=fetch_blocks
+        )
         natives, path = tables_in_memory(tables)
         self._native: _C.GraphRuntime | None = _C.GraphRuntime(
             natives,
             str(self._device),
-            cache_bytes=cache_bytes,
-            ring_bytes=ring_bytes,
             in_place=in_place,
-            fetch_blocks=fetch_blocks,
+            **numbers,
         )
         self._layouts = [_layout(table) for table in natives]
         self._directories = [

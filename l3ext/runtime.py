@@ -27,6 +27,7 @@ from l3ext._runtimes import (
     placement_sums,
     runtime_device,
     tables_in_memory,
+    whole_numbers,
 )
 from l3ext.graph_runtime import GraphRuntime
 from l3ext.ledger import Ledger
@@ -94,7 +95,7 @@ class Rows:
         Returns:
             [N, d_emb], dtype of the rows, or of ``x`` if they are quantised.
         """
-        if self.key_scales is None:
+        if self.key_scales is None and isinstance(x, Tensor):
             x = x.to(self.keys.dtype)
         # Before the device has more to do: the host then attends beside it.
         queries = None if self.near is None else self.near.queries(x)
@@ -304,6 +305,15 @@ class PrefetchRuntime(ClosedByWith):
                 "near_data: expected tables in host memory, where attention can read them, got "
                 f"the file {os.fspath(tables)!r}, which is not mapped"
             )
+        numbers = whole_numbers(
+            cache_bytes=cache_bytes,
+            ring_bytes=ring_bytes,
+            num_workers=num_workers,
+            queue_depth=queue_depth,
+            piece_bytes=piece_bytes,
+            record_steps=record_steps,
+        )
+        prefill_chunk = whole_numbers(prefill_chunk=prefill_chunk)["prefill_chunk"]
         if prefill_chunk < 0:
             raise ValueError(f"prefill_chunk: expected 0 or more, got {prefill_chunk}")
         self._device = runtime_device(device)
@@ -324,13 +334,8 @@ class PrefetchRuntime(ClosedByWith):
         self._native = _C.Prefetcher(
             natives,
             str(self._device),
-            cache_bytes=cache_bytes,
-            ring_bytes=ring_bytes,
             in_place=in_place,
-            num_workers=num_workers,
-            queue_depth=queue_depth,
-            piece_bytes=piece_bytes,
-            record_steps=record_steps,
+            **numbers,
             poison=poison,
         )
         # What the rows that stay in the table are read from; empty without near data.
@@ -511,6 +516,8 @@ def offload(
         raise ValueError(
             f'tier: expected "ram" with graphs, as no device reads a file by itself, got {tier!r}'
         )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     place = runtime_device(device)
     layers = [module for module in model.modules() if isinstance(module, L3Layer)]
     runners = [module for module in model.modules() if hasattr(module, "l3_runtime")]
@@ -530,7 +537,13 @@ def offload(
     options.update(device=place, cache_bytes=cache_bytes)
     if path is not None:
         if os.path.exists(path):
-            check_same_tables(path, tables)
+            try:
+                check_same_tables(path, tables)
+            except ValueError as error:
+                raise ValueError(
+                    f"path: expected a new file or one of this very model's tables, got {error}; "
+                    "remove it or choose another path"
+                ) from error
         else:
             save_tables(path, tables)
         if not graphs:

@@ -66,6 +66,36 @@ def test_bad_options(options, message):
         PrefetchRuntime([make_table(VOCAB)], **options)
 
 
+@pytest.mark.parametrize("runtime", [PrefetchRuntime, l3ext.GraphRuntime])
+def test_options_that_are_no_integers(runtime):
+    with pytest.raises(TypeError, match=r"cache_bytes: expected an int, got 1000000000\.0"):
+        runtime([make_table(VOCAB)], cache_bytes=1e9)
+    with pytest.raises(TypeError, match="ring_bytes: expected an int, got '1 GB'"):
+        runtime([make_table(VOCAB)], ring_bytes="1 GB")
+    with pytest.raises(ValueError, match=r"ring_bytes: expected less than 2\*\*63"):
+        runtime([make_table(VOCAB)], ring_bytes=2**70)
+    with runtime([make_table(VOCAB)], cache_bytes=np.int32(100)) as good, good.begin([1]):
+        pass
+
+
+@pytest.mark.parametrize("runtime", [PrefetchRuntime, l3ext.GraphRuntime])
+def test_what_is_no_table(runtime):
+    table = make_table(VOCAB)
+    with pytest.raises(TypeError, match=r"tables\[1\]: expected l3ext.LookupTable, got Tensor"):
+        runtime([table, table.data])
+    for wrong in (None, table, table.data, b"tables.safetensors"):
+        with pytest.raises(TypeError, match=r"tables: expected a path .* got"):
+            runtime(wrong)
+
+
+def test_queries_that_are_no_tensor():
+    table = make_table(VOCAB)
+    with PrefetchRuntime([table]) as runtime, runtime.begin([1]) as step:
+        rows = step.wait(0)
+        with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got ndarray"):
+            rows.attend(np.zeros((1, table.d_in), np.float32))
+
+
 def test_bad_tables():
     good = make_table(VOCAB)
     with pytest.raises(ValueError, match="expected at least one"):
