@@ -30,6 +30,7 @@ _FORMAT = "l3ext.allocation"
 _VERSION = "1"
 _CODEWORDS_PER_CALL = 1 << 14
 _MANY_THREADS = 1 << 16  # any larger number means the same, and fits what takes it
+_INT32_MAX = int(np.iinfo(np.int32).max)
 _INT64_MAX = int(np.iinfo(np.int64).max)
 
 
@@ -65,7 +66,7 @@ class Allocation:
         counts = host_integers(rows, "rows").astype(np.int64)
         if counts.size == 0:
             raise ValueError("rows: expected at least one token, got none")
-        _check_range(counts, "rows", 1, int(np.iinfo(np.int32).max))
+        _check_range(counts, "rows", 1, _INT32_MAX)
         offsets = np.zeros(counts.size + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
         seen: npt.NDArray[np.int64] | None = None
@@ -76,6 +77,8 @@ class Allocation:
                     f"frequency: expected {counts.size} tokens as in rows, got {seen.size}"
                 )
             _check_range(seen, "frequency", 0, _INT64_MAX)
+            if float(seen.sum(dtype=np.float64)) >= 2.0**63:
+                raise ValueError("frequency: expected a sum below 2^63, got more")
         return cls(
             rows=_frozen(counts.astype(np.int32)),
             offsets=_frozen(offsets),
@@ -87,7 +90,7 @@ class Allocation:
         """``total_rows`` dealt out evenly; the first tokens get the rows that remain.
 
         Raises:
-            ValueError: unless 1 <= vocab_size <= total_rows.
+            ValueError: unless 1 <= vocab_size <= total_rows <= vocab_size * (2^31 - 1).
         """
         vocab_size = _integer(vocab_size, "vocab_size")
         total_rows = _integer(total_rows, "total_rows")
@@ -97,6 +100,11 @@ class Allocation:
             raise ValueError(
                 f"total_rows: expected at least vocab_size = {vocab_size} (every token owns a "
                 f"row), got {total_rows}"
+            )
+        if total_rows > vocab_size * _INT32_MAX:
+            raise ValueError(
+                f"total_rows: expected at most {_INT32_MAX} a token, got {total_rows} for "
+                f"{vocab_size} tokens"
             )
         each, more = divmod(total_rows, vocab_size)
         rows = np.full(vocab_size, each, np.int64)
@@ -144,7 +152,7 @@ class Allocation:
         Raises:
             OSError: there is no such file, or it is truncated, corrupt or of another kind.
         """
-        name = os.fspath(path)
+        name = os.fsdecode(path)
         with open(name, "rb"):  # the system's own error where it cannot be read
             pass
         try:
@@ -216,6 +224,8 @@ class LZWCounter:
         Raises:
             ValueError: vocab_size or max_codewords out of range, or an unknown parse.
         """
+        if not isinstance(parse, str):
+            raise TypeError(f'parse: expected "paper" or "lzw", got {type(parse).__name__}')
         size = _integer(vocab_size, "vocab_size")
         if not 1 <= size < 2**31:
             raise ValueError(f"vocab_size: expected 1 to {2**31 - 1}, got {size}")

@@ -121,6 +121,35 @@ def test_max_codewords_of_another_type():
         l3ext.LZWCounter(3, max_codewords=3.5)
 
 
+def test_parse_of_another_type():
+    with pytest.raises(TypeError, match='parse: expected "paper" or "lzw", got NoneType'):
+        l3ext.LZWCounter(4, parse=None)
+
+
+@pytest.mark.parametrize("total_rows", [2**33, 2**70])
+def test_more_uniform_rows_than_a_token_may_own(total_rows):
+    with pytest.raises(ValueError, match=f"total_rows: expected at most .* got {total_rows}"):
+        l3ext.Allocation.uniform(2, total_rows)
+
+
+def test_frequencies_whose_sum_has_no_64_bits():
+    with pytest.raises(ValueError, match=r"frequency: expected a sum below 2\^63"):
+        l3ext.Allocation.from_rows([1, 1], frequency=[2**63 - 1, 5])
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_that_names_no_file(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="expected a file's path"):
+        l3ext.Allocation.from_rows([1]).save(path)
+
+
+def test_a_path_of_bytes(tmp_path):
+    path = os.fsencode(tmp_path / "allocation")
+    l3ext.Allocation.from_rows([1, 2]).save(path)
+    assert l3ext.Allocation.load(path).rows.tolist() == [1, 2]
+
+
 def test_unknown_parse():
     with pytest.raises(ValueError, match='parse: expected "paper" or "lzw", got "lz78"'):
         l3ext.LZWCounter(3, parse="lz78")
