@@ -252,6 +252,8 @@ def _grant(
 ) -> None:
     """Write the allocation, if one was asked for, and say what was done."""
     counter = counted.counter
+    if output is not None and counter.num_tokens == 0:
+        remark("warning: the corpus holds no tokens: every token gets as many rows as any other")
     facts: dict[str, Any] = {
         "tokens": counter.num_tokens,
         "codewords": counter.num_codewords,

@@ -47,6 +47,15 @@ def test_allocates_like_the_library(tmp_path, bin_arguments):
     assert summary["tokens_per_second"] > 0
 
 
+def test_a_corpus_without_tokens_is_remarked_on(tmp_path):
+    path = tmp_path / "empty.bin"
+    path.write_bytes(b"")
+    output = tmp_path / "a"
+    result = run(path, "--vocab-size", 4, "--eos-id", 0, "--rows", 8, "-o", output)
+    assert result.exit_code == 0
+    assert "warning: the corpus holds no tokens" in result.stderr
+
+
 def test_threads_change_nothing(tmp_path, bin_arguments):
     for threads in (1, 3):
         out = tmp_path / f"{threads}"
