@@ -7,7 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+
+def usable_device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        ValueError: not one of those that l3ext computes on.
+        RuntimeError: one that is not here.
+    """
+    import torch
+
+    import l3ext
+
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"--device {name}: torch finds no CUDA device here")
+        if not l3ext.has_cuda:
+            raise RuntimeError(f"--device {name}: this build of l3ext has no CUDA kernels")
+    return device
 
 
 def model_directory(path: Path) -> Path:

@@ -13,7 +13,6 @@ from l3ext.cli._bench_offload import offload
 from l3ext.cli._output import JsonOption, print_json, remark
 
 if TYPE_CHECKING:
-    import torch
     from rich.table import Table
 
 app = typer.Typer(help="Measure kernels and runtime on this machine.", no_args_is_help=True)
@@ -109,8 +108,9 @@ def attention(
     from l3ext._files import atomic_path
     from l3ext.bench.attention import REGIMES, Options, run
     from l3ext.bench.peers import PEERS
+    from l3ext.cli._models import usable_device
 
-    place = _device(device)
+    place = usable_device(device)
     defaults = _DEFAULTS[place.type]
     every = [] if tied else list(PEERS)
     peers = every if not peer else [name for name in peer if name != "none"]
@@ -174,22 +174,6 @@ def attention(
             for name, reason in measurement["failures"].items():
                 console.print(f"{name} did not run: {reason}", markup=False)
         console.print(_conditions(result))
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    import l3ext
-
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise RuntimeError(f"--device {name}: torch finds no CUDA device here")
-        if not l3ext.has_cuda:
-            raise RuntimeError(f"--device {name}: this build of l3ext has no CUDA kernels")
-    return device
 
 
 def _table(result: dict[str, Any], measurement: dict[str, Any]) -> Table:

@@ -71,13 +71,21 @@ def generate(
         raise ValueError(f"--table-dtype: rows in 8 bits need the CPU, got --device {device}")
     cache = parse_bytes(cache_bytes)
     text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that were no text came as lone surrogates
+        at = error.start
+        raise ValueError(
+            f"--prompt: expected text in UTF-8, got {text[at]!r} at character {at}"
+        ) from None
 
     import torch
     from transformers import TextStreamer
 
-    from l3ext.cli._models import load_model, model_directory
+    from l3ext.cli._models import load_model, model_directory, usable_device
     from l3ext.training.tokenizer import load_tokenizer
 
+    usable_device(device)
     directory = model_directory(checkpoint)
     tokenizer = load_tokenizer(directory)
     model = load_model(directory).to(device).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,17 +35,21 @@ def train(
     eval_fraction: Annotated[
         float, typer.Option(help="Share of the tokens, at the end, that is held out.")
     ] = 0.02,
-    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 256,
-    intermediate_size: Annotated[int, typer.Option(help="Width of the MLPs.")] = 688,
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 6,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 256,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="Width of the MLPs.")] = 688,
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 6,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
     dense: Annotated[bool, typer.Option("--dense", help="No lookup layers at all.")] = False,
     l3_layers: Annotated[
         str | None,
         typer.Option(help="Decoder layers that a lookup layer follows, as 2,4; else the middle."),
     ] = None,
-    l3_d_emb: Annotated[int | None, typer.Option(help="Width of values; else the model's.")] = None,
-    l3_d_up: Annotated[int | None, typer.Option(help="Width of up-projection; else 2x.")] = None,
+    l3_d_emb: Annotated[
+        int | None, typer.Option(min=1, help="Width of values; else the model's.")
+    ] = None,
+    l3_d_up: Annotated[
+        int | None, typer.Option(min=1, help="Width of up-projection; else 2x.")
+    ] = None,
     l3_tied: Annotated[bool, typer.Option("--l3-tied", help="Values are the keys.")] = False,
     allocation: Annotated[
         Path | None, typer.Option(help="Of l3ext allocate; else made from the corpus.")
@@ -87,6 +92,7 @@ def train(
           --dense --output runs/dense --steps 2000
     """
     from l3ext.cli._corpus import prepare_tokens
+    from l3ext.cli._models import usable_device
     from l3ext.training import TrainConfig
     from l3ext.training import train as run_training
     from l3ext.training.parameters import count_parameters
@@ -113,6 +119,14 @@ def train(
     )
     if not 0.0 < eval_fraction < 1.0:
         raise ValueError(f"--eval-fraction: expected a number between 0 and 1, got {eval_fraction}")
+    # What the corpus does not decide shows before it is read.
+    usable_device(device)
+    if hidden_size % (2 * heads) != 0:
+        raise ValueError(
+            f"--heads: expected heads of an even width in --hidden-size {hidden_size}, got {heads}"
+        )
+    if not math.isfinite(rows_per_token):
+        raise ValueError(f"--rows-per-token: expected a number, got {rows_per_token}")
     output.mkdir(parents=True, exist_ok=True)
     text_tokenizer, file = prepare_tokens(
         corpus, output, tokenizer=tokenizer, vocab_size=vocab_size, column=column, split=split

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from command_line import SIZES, invoke, run_process
 
 import l3ext
@@ -48,7 +49,11 @@ def test_train_with_an_allocation(corpus, tmp_path):
         (("--learning-rate", -1), "learning_rate: expected a number > 0"),
         (("--allocation", "no-such-file"), "no-such-file"),
         (("--tokenizer", "no-such-file"), "no-such-file"),
-        (("--device", "abacus"), "abacus"),
+        (("--device", "abacus"), "--device: expected cpu or cuda, got 'abacus'"),
+        (("--rows-per-token", "nan"), "--rows-per-token: expected a number, got nan"),
+        (("--rows-per-token", "inf"), "--rows-per-token: expected a number, got inf"),
+        (("--heads", 3), "--heads: expected heads of an even width in --hidden-size 32, got 3"),
+        (("--heads", 32), "--heads: expected heads of an even width"),
     ],
 )
 def test_train_refuses(corpus, tmp_path, options, text):
@@ -57,6 +62,34 @@ def test_train_refuses(corpus, tmp_path, options, text):
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert text in line
+
+
+@pytest.mark.parametrize("size", ["hidden-size", "intermediate-size", "layers", "heads"])
+def test_train_refuses_sizes_below_one(corpus, tmp_path, size):
+    options = (*SIZES, "--output", tmp_path / "run", "--steps", 1, f"--{size}", 0)
+    result = invoke("train", corpus, *options)
+    assert result.exit_code == 2
+    assert f"--{size}" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there(corpus, run_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "run"
+    for line in (
+        ("train", corpus, "--output", output, "--steps", 1, *SIZES),
+        ("generate", run_directory, "--prompt", "the"),
+    ):
+        result = invoke(*line, "--device", "cuda")
+        assert result.exit_code == 2
+        assert "--device cuda: torch finds no CUDA device here" in result.stderr
+    assert not output.exists()  # said before the corpus is read
+
+
+def test_generate_refuses_bytes_that_are_no_text(run_directory):
+    result = invoke("generate", run_directory, "--prompt", "the \udcff")
+    assert result.exit_code == 2
+    assert "--prompt: expected text in UTF-8, got '\\udcff' at character 4" in result.stderr
 
 
 def test_train_refuses_another_corpus(run_directory, tmp_path):
