@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class L3LlamaConfig(LlamaConfig):
 
     Raises:
         ValueError: values that do not fit each other.
+        TypeError: ``l3_layers`` that are no list of integers.
     """
 
     model_type = "l3_llama"
@@ -39,7 +41,10 @@ class L3LlamaConfig(LlamaConfig):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.l3_layers = list(l3_layers) if l3_layers is not None else []
+        try:
+            self.l3_layers = [operator.index(layer) for layer in l3_layers or ()]
+        except TypeError as error:
+            raise TypeError(f"l3_layers: expected a list of integers, got {l3_layers!r}") from error
         self.l3_d_emb = self.hidden_size if l3_d_emb is None else l3_d_emb
         self.l3_d_up = self.hidden_size if l3_d_up is None else l3_d_up
         self.l3_tied = l3_tied

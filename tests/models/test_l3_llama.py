@@ -179,6 +179,9 @@ def test_tied_tables_and_hidden_states():
     ("options", "error", "message"),
     [
         ({"l3_layers": [0]}, ValueError, "l3_layers: expected ascending positions from 1 to"),
+        ({"l3_layers": "1"}, TypeError, "l3_layers: expected a list of integers, got '1'"),
+        ({"l3_layers": [1.0]}, TypeError, "l3_layers: expected a list of integers"),
+        ({"l3_layers": 1}, TypeError, "l3_layers: expected a list of integers, got 1"),
         ({"l3_layers": [4]}, ValueError, r"num_hidden_layers = 3, got \[4\]"),
         ({"l3_layers": [2, 1]}, ValueError, "l3_layers"),
         ({"l3_layers": [1, 1]}, ValueError, "l3_layers"),
