@@ -30,7 +30,7 @@ class CommandGroup(TyperGroup):
             except KeyboardInterrupt as interrupt:
                 typer.echo(str(interrupt) or "interrupted", err=True)
                 raise typer.Exit(INTERRUPT_EXIT) from None
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
+            except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
                 if os.environ.get("L3EXT_TRACEBACK") == "1":
                     raise
                 typer.echo(f"error: {describe_error(error)}", err=True)

@@ -4,10 +4,12 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 from command_line import SIZES, command, invoke, run_process
+from tokenizers import Tokenizer, models
 
 import l3ext
 from l3ext.cli._group import describe_error
@@ -53,6 +55,18 @@ def test_an_error_is_one_line_without_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"error: {tmp_path / 'none'}: no such file or directory\n"
+
+
+def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").touch()
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    options = ("--tokenizer", tmp_path / "tokenizer.json", "--rows", 4, "-o", tmp_path / "out")
+    result = invoke("allocate", tmp_path / "a.parquet", *options)
+    assert result.exit_code == 2
+    assert "Parquet needs pyarrow: pip install l3ext[data]" in result.stderr
 
 
 def test_a_traceback_when_asked(tmp_path, monkeypatch):
