@@ -9,6 +9,8 @@ from ctypes import POINTER, byref, c_int64, c_void_p
 
 import numpy as np
 
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 INT64, KEYS, VALUES = 7, 0, 1  # of l3ext.h
 lib = ctypes.CDLL(sys.argv[1])
 lib.l3ext_error_text.restype = ctypes.c_char_p
