@@ -107,7 +107,7 @@ def offload(
         tiers=tier or TIERS,
         positions=_numbers("--position", position, least=1, most=layers),
         hot=shares,
-        ring_bytes=parse_bytes(ring),
+        ring_bytes=parse_bytes(ring, "--ring"),
         batches=batches,
         runs=runs,
         budget_seconds=budget,

@@ -20,11 +20,11 @@ _BINARY_UNITS = {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", st
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str) -> int:
     """Bytes of ``"64MiB"``, ``"1.5 GB"``, ``"4096"``; ValueError for anything else."""
     match = _BYTES.fullmatch(text)
     if match is None:
-        raise ValueError(f"expected a size such as 64MiB, 1.5GB or 4096, got {text!r}")
+        raise ValueError(f"{option}: expected a size such as 64MiB, 1.5GB or 4096, got {text!r}")
     unit = (match[2] or "").upper()
     return int(float(match[1]) * {**_UNITS, **_BINARY_UNITS}[unit])
 

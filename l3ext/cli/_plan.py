@@ -92,7 +92,7 @@ class PlanOptions:
         return Link(self.link, self.window)
 
     def memory_bytes(self) -> int | None:
-        return None if self.memory is None else parse_bytes(self.memory)
+        return None if self.memory is None else parse_bytes(self.memory, "--memory")
 
 
 def plan(

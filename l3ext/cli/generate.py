@@ -69,7 +69,7 @@ def generate(
         )
     if table_dtype is not None and device != "cpu":
         raise ValueError(f"--table-dtype: rows in 8 bits need the CPU, got --device {device}")
-    cache = parse_bytes(cache_bytes)
+    cache = parse_bytes(cache_bytes, "--cache-bytes")
     text = sys.stdin.read() if prompt == "-" else prompt
     try:
         text.encode()

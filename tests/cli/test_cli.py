@@ -103,13 +103,13 @@ def test_describe_error(error, text):
     ],
 )
 def test_parse_bytes(text, count):
-    assert parse_bytes(text) == count
+    assert parse_bytes(text, "--memory") == count
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1XB", "1 2", "nan", "1e3"])
 def test_parse_bytes_refuses(text):
-    with pytest.raises(ValueError, match="expected a size such as 64MiB"):
-        parse_bytes(text)
+    with pytest.raises(ValueError, match="--memory: expected a size such as 64MiB"):
+        parse_bytes(text, "--memory")
 
 
 def test_format_bytes():

@@ -173,7 +173,7 @@ def test_generate_streams_text_and_remarks_on_stderr(run_directory):
     [
         (("--tier", "moon"), "--tier: expected one of none, ram, disk, got 'moon'"),
         (("--path", "x"), "--path: is the table file of --tier disk, got --tier none"),
-        (("--cache-bytes", "lots"), "expected a size such as 64MiB"),
+        (("--cache-bytes", "lots"), "--cache-bytes: expected a size such as 64MiB"),
         (
             ("--table-dtype", "int4"),
             "--table-dtype: expected one of int8, float8_e4m3fn, got 'int4'",
