@@ -76,6 +76,31 @@ class L3LlamaPreTrainedModel(LlamaPreTrainedModel):
             config.allocation = _read_allocation(path, _hub_arguments(kwargs))
         return super().from_pretrained(path, *args, config=config, **kwargs)
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As of every model, but the vocabulary stays: the allocation says who owns which rows.
+
+        Raises:
+            ValueError: another size; the model is left as it was.
+        """
+        vocab_size = self.config.vocab_size
+        size = vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size != vocab_size and self.config.l3_layers:
+            raise ValueError(
+                f"new_num_tokens: expected {vocab_size}, the tokens of the allocation, got {size}: "
+                "new tokens own no rows; make the model with an allocation that has them"
+            )
+        resized: nn.Module = super().resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        return resized
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As transformers'. A model without its whole, exact tables has nothing to save."""
         for name, module in self.named_modules():

@@ -195,6 +195,15 @@ def test_wrong_configurations(options, error, message):
         make_model(**options)
 
 
+@pytest.mark.parametrize("size", [{"new_num_tokens": VOCAB + 3}, {"pad_to_multiple_of": 64}])
+def test_the_vocabulary_cannot_be_resized(model, size):
+    # A checkpoint of it could not be loaded.
+    with pytest.raises(ValueError, match=f"new_num_tokens: expected {VOCAB}, the tokens of the"):
+        model.resize_token_embeddings(**size)
+    assert model.config.vocab_size == VOCAB
+    assert model.resize_token_embeddings(VOCAB) is model.get_input_embeddings()
+
+
 def test_an_id_outside_the_vocabulary_is_named(model):
     with pytest.raises(
         ValueError, match=rf"expected ids in \[0, {VOCAB}\), got {VOCAB} at position 1"
