@@ -114,8 +114,14 @@ def merge_counters(paths: list[Path]) -> LZWCounter:
     return merged
 
 
-def check_writable(option: str, path: Path) -> None:
-    """See now, not after hours of counting, that there is a place for a file."""
+def check_writable(option: str, path: Path, read: Sequence[Path] = ()) -> None:
+    """See now, not after hours of counting, that there is a place for a file.
+
+    And that it is none of those that are ``read``, which would be gone.
+    """
+    for other in read:
+        if path.resolve() == other.resolve():
+            raise ValueError(f"{option}: expected a file of its own, got {path}, which is read")
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{option}: expected a file, got a directory", path)
     if not path.parent.is_dir():

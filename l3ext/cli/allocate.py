@@ -150,9 +150,12 @@ def allocate(
     )  # fmt: skip
     caps = max_rows or [512]
     _check_combination(planning, options, rows or [], caps, output, checkpoint, mode)
-    for option, path in (("--output", output), ("--checkpoint", checkpoint)):
+    read = [*inputs, *([] if tokenizer is None else [tokenizer])]
+    written = (("--checkpoint", checkpoint), ("--output", output), ("--picture", picture))
+    for option, path in written:
         if path is not None:
-            check_writable(option, path)
+            check_writable(option, path, read)
+            read.append(path)
     if any(is_counter(path) for path in inputs):
         if planning or checkpoint is not None or threads is not None or not mode.exact:
             raise ValueError(

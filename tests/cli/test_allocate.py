@@ -56,6 +56,22 @@ def test_a_corpus_without_tokens_is_remarked_on(tmp_path):
     assert "warning: the corpus holds no tokens" in result.stderr
 
 
+def test_what_is_read_is_not_written_over(tmp_path, bin_arguments):
+    corpus, counter = bin_arguments[0], tmp_path / "counter"
+    before = corpus.read_bytes()
+    for options in (
+        ("-o", corpus),
+        ("-o", tmp_path / ".." / tmp_path.name / corpus.name),
+        ("-o", tmp_path / "a", "--checkpoint", corpus),
+        ("-o", counter, "--checkpoint", counter),
+    ):
+        result = run(*bin_arguments, "--rows", 100, *options)
+        assert result.exit_code == 2
+        assert ": expected a file of its own, got " in result.stderr
+    assert corpus.read_bytes() == before
+    assert not counter.exists()
+
+
 def test_threads_change_nothing(tmp_path, bin_arguments):
     for threads in (1, 3):
         out = tmp_path / f"{threads}"

@@ -180,7 +180,10 @@ def test_the_picture(arguments, tmp_path):
         ({"--link": "0"}, "link: expected GB/s above 0, got 0.0"),
         ({"--link": "nan"}, "link: expected GB/s above 0, got nan"),
         ({"--window": "-1"}, "window: expected at least 0 ms, got -1.0"),
-        ({"--memory": "much"}, "--memory: expected a size such as 64MiB, 1.5GB or 4096, got 'much'"),
+        (
+            {"--memory": "much"},
+            "--memory: expected a size such as 64MiB, 1.5GB or 4096, got 'much'",
+        ),
         ({"-o": "out"}, "--output: --plan writes no allocation"),
         ({"--picture": "plan.tiger"}, "--picture: expected a file of "),
         ({"--picture": "missing/plan.svg"}, "missing: --picture: no such directory"),
