@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from l3ext import _C
 
@@ -47,6 +48,8 @@ def call(
         torch.is_grad_enabled() and any(map(_requires_grad, inputs))
     ):
         return op(*inputs, *rest)
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+        raise RuntimeError(f"{op}: expected no forward-mode derivative (jvp): there is none")
     if _only_dispatches(inputs, rest):
         return kernel(*inputs, *rest)
     with torch._C._AutoDispatchBelowAutograd():
@@ -54,6 +57,10 @@ def call(
 
 
 _requires_grad = operator.attrgetter("requires_grad")
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _only_dispatches(inputs: Sequence[Tensor], rest: Sequence[Any]) -> bool:

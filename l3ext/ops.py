@@ -535,3 +535,11 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("l3ext::directory_attention", _no_derivative, lib=library)
 torch.library.register_autograd("l3ext::quantized_attention", _no_quantized_derivative, lib=library)
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError("segmented_attention: its gradients have no derivatives of their own")
+
+
+for _name in ("segmented_attention_backward", "table_attention_backward"):
+    torch.library.register_autograd(f"l3ext::{_name}", _no_second_derivative, lib=library)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import l3ext
@@ -175,6 +176,24 @@ def test_who_watches_sees_the_call_without_a_gradient():
     assert torch.equal(wrapped, expected)
     traced = torch.jit.trace(lambda x: table_attention(x, table, plan, tied=False), x)
     assert "l3ext::table_attention" in str(traced.graph)
+
+
+def test_derivatives_that_there_are_not_are_errors_and_never_zeros():
+    x, table, offsets, ids = step()
+    plan = l3ext.plan(ids, offsets)
+
+    def attend(x):
+        return table_attention(x, table, plan, tied=False)
+
+    no_jvp = r"table_attention.* no forward-mode derivative"
+    with pytest.raises(RuntimeError, match=no_jvp), forward_ad.dual_level():
+        forward_ad.unpack_dual(attend(forward_ad.make_dual(x, torch.ones_like(x))))
+    with pytest.raises(RuntimeError, match=no_jvp):
+        torch.func.jvp(attend, (x,), (torch.ones_like(x),))
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(attend(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradients have no derivatives of their own"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.6])
