@@ -49,12 +49,16 @@ def check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> N
 
 
 def check_plan(x: Tensor, plan: Plan) -> None:
-    """TypeError, ValueError unless it is a plan of as many tokens as ``x`` has rows."""
+    """TypeError, ValueError unless it is a plan on the device of ``x`` and of as many tokens."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected l3ext.Plan, got {type(plan).__name__}")
     if plan.num_tokens != x.shape[0]:
         raise ValueError(
             f"x: expected {plan.num_tokens} rows, one per planned token, got {x.shape[0]}"
+        )
+    if plan.permutation.device != x.device:
+        raise TypeError(
+            f"plan: expected one on {x.device}, where x lies, got one on {plan.permutation.device}"
         )
 
 

@@ -293,3 +293,9 @@ def test_values_behind_the_keys_need_columns():
         _C.segmented_attention(x, keys, None, *rest)
     with pytest.raises(ValueError, match="x: expected shape"):
         _C.segmented_attention(x[0], table, None, *rest)
+
+
+def test_a_plan_on_another_device_than_x():
+    x, keys, values, plan = inputs()
+    with pytest.raises(TypeError, match="plan: expected one on cpu, where x lies, got one on meta"):
+        l3ext.segmented_attention(x, keys, values, plan.to("meta"))
