@@ -20,12 +20,9 @@ new_capsule.restype, new_capsule.argtypes = ctypes.py_object, (c_void_p, ctypes.
 
 class View(ctypes.Structure):  # l3ext_view
     names = "keys values key_scales value_scales row_stride num_rows dtype d_in d_emb num_segments"
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        *((name, c_int64) for name in names.split()),
-        ("tokens", POINTER(ctypes.c_int32)),
-        ("segment_rows", POINTER(c_int64)),
-    )
+    _fields_ = [("struct_size", ctypes.c_size_t)]
+    _fields_ += [(name, c_int64) for name in names.split()]
+    _fields_ += [("tokens", POINTER(ctypes.c_int32)), ("segment_rows", POINTER(c_int64))]
 
 
 class Rows:  # for np.from_dlpack of NumPy 2.1 or newer
