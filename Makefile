@@ -124,7 +124,7 @@ sanitize: $(VENV)/.cmake
 sanitize-thread: $(VENV)/.cmake
 	$(call configure,build/sanitize-thread,-DL3EXT_CUDA=OFF -DL3EXT_TESTS=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=thread")
-	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure -R "runtime|placement|prefetch|streams|async|faulty|lzw|file_table|mapped|capi"
+	$(BIN)/ctest --test-dir build/sanitize-thread --output-on-failure -R "caching|runtime|placement|prefetch|streams|async|faulty|lzw|file_table|mapped|capi"
 
 bench: $(VENV)/.cmake
 	$(call configure,build/cpp,-DL3EXT_BENCHMARKS=ON)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 
@@ -101,6 +102,23 @@ _PLAIN_TYPES = frozenset((Tensor, bool, int, float, type(None), torch.dtype))
 def detached(tensor: Tensor) -> Tensor:
     """``tensor.detach()``, which DLPack asks for, where that makes a difference."""
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def empty_output(like: Tensor, rows: int, columns: int) -> Tensor:
+    """``like.new_empty(rows, columns)``, in memory that is kept for the next step when it is freed.
+
+    Fresh memory, a page at a time, takes longer than some of the work that is done there. Devices
+    keep theirs anyway, and so does malloc() where it is small.
+    """
+    nbytes = rows * columns * like.element_size()
+    if nbytes < _LARGE_BYTES or like.device != _HOST:
+        return like.new_empty(rows, columns)
+    memory = from_dlpack(_C.cached_memory(nbytes)).untyped_storage()
+    return like.new_empty(0).set_(memory, 0, (rows, columns), (columns, 1))
+
+
+# The C library's malloc() maps what is larger, and unmaps it when it is freed.
+_LARGE_BYTES = 32 << 20
 
 
 def queue(device: torch.device) -> tuple[int, Callable[[int], Tensor]]:

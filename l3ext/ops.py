@@ -7,7 +7,7 @@ only fills them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from l3ext._attention import (
     check_plan,
     native_plan,
 )
-from l3ext._operators import call, detached, kernel, library, queue
+from l3ext._operators import call, detached, empty_output, kernel, library, queue
 from l3ext.plans import Plan
 from l3ext.quantization import QUANTIZED_DTYPES, check_quantized_dtype
 
@@ -299,7 +299,7 @@ def _split(table: Tensor, d_in: int, tied: bool) -> tuple[Tensor, Tensor]:
 
 def _attend(x: Tensor, keys: Tensor, values: Tensor | None, d_emb: int, rest: Any) -> Tensor:
     """``values``: None where they lie behind the keys, in the same rows."""
-    y = x.new_empty(x.shape[0], d_emb)
+    y = empty_output(x, x.shape[0], d_emb)
     operands = (as_queries(x), keys, values, *native_plan(rest), rest[PLAN_LENGTH])
     _C.segmented_attention(*operands, torch.get_num_threads(), y, queue(x.device))
     return y
@@ -333,7 +333,7 @@ def _quantized_forward(
     x: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor, value_scales: Tensor, *rest: Any
 ) -> Tensor:
     scale = rest[PLAN_LENGTH]
-    y = x.new_empty(x.shape[0], values.shape[1])
+    y = empty_output(x, x.shape[0], values.shape[1])
     operands = (as_queries(x), detached(keys), detached(values), *native_plan(rest))
     _C.segmented_attention(
         *operands,
@@ -389,7 +389,12 @@ def _packing(rest: Sequence[Any]) -> tuple[Tensor | None, int]:
     return given[0] if given else None, given[1] if len(given) > 1 else 0
 
 
-def _gradient_outputs(x: Tensor, tables: Sequence[Tensor], rest: Sequence[Any]) -> list[Tensor]:
+def _gradient_outputs(
+    x: Tensor,
+    tables: Sequence[Tensor],
+    rest: Sequence[Any],
+    empty: Callable[..., Tensor] = Tensor.new_empty,
+) -> list[Tensor]:
     """Gradients of ``x`` and the tables to be filled; of no size where not wanted."""
     wants_dx, wants_rows = rest[PLAN_LENGTH + 1 : PLAN_LENGTH + 3]
     starts, packed_rows = _packing(rest)
@@ -398,16 +403,17 @@ def _gradient_outputs(x: Tensor, tables: Sequence[Tensor], rest: Sequence[Any]) 
         if not wants_rows:
             return table.new_empty(0)
         count = table.shape[0] if starts is None else packed_rows
-        return table.new_empty(count, table.shape[1])
+        return empty(table, count, table.shape[1])
 
-    return [x.new_empty(x.shape if wants_dx else (0,)), *map(rows_like, tables)]
+    dx = empty(x, *x.shape) if wants_dx else x.new_empty(0)
+    return [dx, *map(rows_like, tables)]
 
 
 @kernel("segmented_attention_backward")
 def _backward(
     dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    outputs = _gradient_outputs(x, (keys, values), rest)
+    outputs = _gradient_outputs(x, (keys, values), rest, empty_output)
     _backward_into(dy, x, keys, values, rest, *outputs)
     return tuple(outputs)
 
@@ -423,7 +429,7 @@ def _backward_fake(
 def _table_backward(
     dy: Tensor, x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any
 ) -> tuple[Tensor, ...]:
-    dx, dtable = _gradient_outputs(x, (table,), rest)
+    dx, dtable = _gradient_outputs(x, (table,), rest, empty_output)
     rows: tuple[Tensor | None, Tensor | None] = (dtable, None)
     if not tied and dtable.ndim == 2:
         rows = _split(dtable, d_in, tied)

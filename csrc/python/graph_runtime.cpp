@@ -19,8 +19,6 @@ namespace py = pybind11;
 namespace l3ext::python {
 namespace {
 
-constexpr DLDataType kInt64 = {kDLInt, 64, 1};
-
 void check_place(const TensorArg& array, const char* argument, const Device& device) {
   const Place& place = array->place;
   const bool there = device.is_host()
@@ -83,13 +81,14 @@ void bind_graph_runtime(py::module_& module) {
       .def(
           "directory",
           [](const GraphRuntime& self, int64_t layer) {
-            return buffer_capsule(self.directory(layer), self.device(), kInt64,
+            return buffer_capsule(self.directory(layer), self.device(), dlpack_dtype(DType::kInt64),
                                   {1, self.vocab_size()});
           },
           py::arg("layer"))
       .def("counters",
            [](const GraphRuntime& self) {
-             return buffer_capsule(self.counters(), self.device(), kInt64, {self.num_layers(), 4});
+             return buffer_capsule(self.counters(), self.device(), dlpack_dtype(DType::kInt64),
+                                   {self.num_layers(), 4});
            })
       .def("placement", [](const GraphRuntime& self) {
         py::list layers;

@@ -110,13 +110,9 @@ std::vector<PyTable> py_tables(const std::vector<Table>& tables) {
 py::capsule rows_capsule(std::shared_ptr<DeviceBuffer> buffer, const Device& device,
                          const TableShape& shape, int64_t rows) {
   const bool quantized = is_quantized(shape.dtype);
-  const DLDataTypeCode code = quantized                         ? kDLUInt
-                              : shape.dtype == DType::kBFloat16 ? kDLBfloat
-                                                                : kDLFloat;
-  return buffer_capsule(
-      std::move(buffer), device,
-      {static_cast<uint8_t>(code), static_cast<uint8_t>(8 * dtype_bytes(shape.dtype)), 1},
-      {rows, quantized ? shape.row_bytes() : shape.width()});
+  return buffer_capsule(std::move(buffer), device,
+                        dlpack_dtype(quantized ? DType::kUInt8 : shape.dtype),
+                        {rows, quantized ? shape.row_bytes() : shape.width()});
 }
 
 double to_us(int64_t ns) { return static_cast<double>(ns) * 1e-3; }

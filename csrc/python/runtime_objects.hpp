@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "python/dlpack_capsule.hpp"
 #include "runtime/device.hpp"
 #include "runtime/table.hpp"
 
@@ -36,27 +37,9 @@ inline void* stream_of(uintptr_t handle) {
 // A matrix at the start of a buffer as a DLPack capsule, which shares the ownership.
 inline pybind11::capsule buffer_capsule(std::shared_ptr<DeviceBuffer> buffer, const Device& device,
                                         DLDataType dtype, std::array<int64_t, 2> shape) {
-  struct Export {
-    DLManagedTensor tensor{};
-    std::array<int64_t, 2> shape;
-    std::shared_ptr<DeviceBuffer> buffer;
-  };
-  auto* exported = new Export{{}, shape, std::move(buffer)};
-  DLTensor& tensor = exported->tensor.dl_tensor;
-  tensor.data = exported->buffer->data();
-  tensor.device = {device.is_host() ? kDLCPU : kDLCUDA, device.index()};
-  tensor.ndim = 2;
-  tensor.dtype = dtype;
-  tensor.shape = exported->shape.data();
-  exported->tensor.manager_ctx = exported;
-  exported->tensor.deleter = [](DLManagedTensor* self) {
-    delete static_cast<Export*>(self->manager_ctx);
-  };
-  return pybind11::capsule(&exported->tensor, "dltensor", [](PyObject* capsule) {
-    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // somebody took it
-    auto* self = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    self->deleter(self);
-  });
+  void* const data = buffer->data();
+  return dlpack_capsule(std::move(buffer), data,
+                        {device.is_host() ? kDLCPU : kDLCUDA, device.index()}, dtype, shape);
 }
 
 }  // namespace l3ext::python

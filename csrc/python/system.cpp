@@ -2,13 +2,18 @@
 #include <pybind11/pybind11.h>
 
 #include <cerrno>
+#include <cstddef>
+#include <cstdint>
 #include <exception>
+#include <utility>
 
+#include "core/caching_allocator.hpp"
 #include "core/checksum.hpp"
 #include "core/cpu_features.hpp"
 #include "core/cuda_devices.hpp"
 #include "core/error.hpp"
 #include "python/bindings.hpp"
+#include "python/dlpack_capsule.hpp"
 #include "python/tensor_arg.hpp"
 #include "runtime/read_queue.hpp"
 
@@ -87,6 +92,13 @@ void bind_system(py::module_& module) {
     return devices;
   });
   module.def("why_no_uring", &why_no_uring);
+  // uint8 [1, nbytes], which is kept for the next when it is freed.
+  module.def("cached_memory", [](size_t nbytes) {
+    CachingAllocator::Block block = CachingAllocator::of_process().allocate(nbytes);
+    void* const data = block.get();
+    return dlpack_capsule(std::move(block), data, {kDLCPU, 0}, dlpack_dtype(DType::kUInt8),
+                          {1, static_cast<int64_t>(nbytes)});
+  });
   module.def("crc32c", [](const TensorArg& data) {
     check_host(data.view(), "data");
     check_contiguous(data.view(), "data");
