@@ -43,6 +43,12 @@ class Wanted {
   // The next `lines` cache lines, into the second-level cache. Inlined: what is compiled for one
   // instruction set defines nothing that all may link, and a call would save all sums around it.
   [[gnu::always_inline]] void ask(int lines) {
+    if (range_ == end_) return;
+    if (line_ + int64_t{64} * lines < range_->end) [[likely]] {  // as nearly always: no branches
+      for (int i = 0; i < lines; ++i) __builtin_prefetch(line_ + int64_t{64} * i, 0, 2);
+      line_ += int64_t{64} * lines;
+      return;
+    }
     for (; lines > 0 && range_ != end_; --lines) {
       __builtin_prefetch(line_, 0, 2);
       line_ += 64;

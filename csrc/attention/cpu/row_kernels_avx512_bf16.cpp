@@ -43,15 +43,18 @@ void multiply_rows(const BFloat16* a, int64_t a_stride, const Prefetches& prefet
     }
     b += b_stride;
   };
+  // A count that the compiler knows, and no more of it at once: addresses of more would not fit
+  // into registers beside the rows'.
   constexpr int64_t kLine = 32;  // elements
   int64_t first = 0;
-  for (; first + kLine <= depth; first += kLine) {
+  for (; first + kLine <= depth; first += kLine, a += kLine) {
     prefetches.ask(first_row, kRows, first);
 #pragma GCC unroll 2
-    for (int64_t k = first; k < first + kLine; k += 2) add_pair(k);
+    for (int64_t k = 0; k < kLine; k += 2) add_pair(k);
   }
   if (first < depth) prefetches.ask(first_row, kRows, first);
-  for (; first < depth; first += 2) add_pair(first);
+#pragma GCC unroll 1
+  for (; first < depth; first += 2, a += 2) add_pair(0);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
