@@ -48,13 +48,69 @@ def call(
     if torch.compiler.is_compiling() or (
         torch.is_grad_enabled() and any(map(_requires_grad, inputs))
     ):
-        return op(*inputs, *rest)
+        return recorded(op, *inputs, *rest)
     if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
-        raise RuntimeError(f"{op}: expected no forward-mode derivative (jvp): there is none")
+        _no_tangent(op)
     if _only_dispatches(inputs, rest):
         return kernel(*inputs, *rest)
+    if torch._C._are_functorch_transforms_active():
+        # A tensor within vmap does not say whether what it is a part of requires a gradient.
+        return recorded(op, *inputs, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs, *rest)
+
+
+def recorded(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Run an operator so that its gradient is recorded, within ``torch.func.grad`` too.
+
+    The step that would record one in torch is an autograd.Function of a make that torch.func
+    refuses.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return op(*arguments)
+    if torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
+        return op(*arguments)  # it refuses any autograd.Function
+    return _functions[op].apply(*arguments)
+
+
+def register_derivative(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    """``torch.library.register_autograd``, and the same for :func:`recorded`.
+
+    An operator whose derivative calls others calls them by :func:`recorded`.
+    """
+    torch.library.register_autograd(
+        f"l3ext::{name}", backward, setup_context=setup_context, lib=library
+    )
+    op = getattr(torch.ops.l3ext, name).default
+
+    def nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        return None
+
+    def no_tangent(ctx: Any, *tangents: Any) -> None:
+        _no_tangent(op)
+
+    methods = {
+        "forward": op.__call__,
+        "setup_context": setup_context or nothing,
+        "backward": backward,
+        "jvp": no_tangent,
+    }
+    _functions[op] = type(
+        f"{name}_for_torch_func",
+        (torch.autograd.Function,),
+        {key: staticmethod(method) for key, method in methods.items()}
+        | {"generate_vmap_rule": True},
+    )
+
+
+_functions: dict[Callable[..., Any], Any] = {}
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
+
+
+def _no_tangent(op: Callable[..., Any]) -> None:
+    raise RuntimeError(f"{op}: expected no forward-mode derivative (jvp): there is none")
 
 
 _requires_grad = operator.attrgetter("requires_grad")

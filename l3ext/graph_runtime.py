@@ -22,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._attention import PLAN, PLAN_LENGTH, attend_by_directory, check_matrix, check_plan
-from l3ext._operators import call, current_stream, kernel, library
+from l3ext._operators import call, current_stream, kernel, library, register_derivative
 from l3ext._runtimes import (
     ClosedByWith,
     EndedByWith,
@@ -358,4 +358,4 @@ def _no_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     raise RuntimeError("GraphRows.attend: rows outside the model have no gradient here, nor has x")
 
 
-torch.library.register_autograd("l3ext::fetched_attention", _no_derivative, lib=library)
+register_derivative("fetched_attention", _no_derivative)

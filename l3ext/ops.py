@@ -23,7 +23,16 @@ from l3ext._attention import (
     check_plan,
     native_plan,
 )
-from l3ext._operators import call, detached, empty_output, kernel, library, queue
+from l3ext._operators import (
+    call,
+    detached,
+    empty_output,
+    kernel,
+    library,
+    queue,
+    recorded,
+    register_derivative,
+)
 from l3ext.plans import Plan
 from l3ext.quantization import QUANTIZED_DTYPES, check_quantized_dtype
 
@@ -102,7 +111,8 @@ def segmented_attention(
 
     Returns:
         [N, d_emb], dtype of ``x``. Sums are float32 (float64 for float64 inputs); the same bits on
-        every run and for any number of threads. Differentiable in x, keys and values.
+        every run and for any number of threads. Differentiable in x, keys and values, once and in
+        reverse mode, by torch.func too (eagerly: not in compiled code).
 
     Raises:
         ValueError: shapes that do not fit each other or the plan.
@@ -484,8 +494,9 @@ def _derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = (ctx.scale, needs_x, needs_rows)
     touched = touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_rows else None
     packed = () if touched is None else (touched.starts, touched.rows.shape[0])
-    dx, dkeys, dvalues = torch.ops.l3ext.segmented_attention_backward(
-        dy, x, keys, values, *arrays, ctx.max_rows, *wanted, *packed
+    operator = torch.ops.l3ext.segmented_attention_backward.default
+    dx, dkeys, dvalues = recorded(
+        operator, dy, x, keys, values, *arrays, ctx.max_rows, *wanted, *packed
     )
     if touched is not None:
         dkeys, dvalues = touched.gradient(keys, dkeys), touched.gradient(values, dvalues)
@@ -510,9 +521,9 @@ def _table_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = (ctx.scale, needs_x, needs_table)
     touched = touched_rows(arrays[3], arrays[4]) if ctx.sparse and needs_table else None
     packed = () if touched is None else (touched.starts, touched.rows.shape[0])
-    dx, dtable = torch.ops.l3ext.table_attention_backward(
-        dy, x, table, ctx.d_in, ctx.tied, *arrays, ctx.max_rows, *wanted, *packed
-    )
+    operator = torch.ops.l3ext.table_attention_backward.default
+    operands = (dy, x, table, ctx.d_in, ctx.tied, *arrays, ctx.max_rows)
+    dx, dtable = recorded(operator, *operands, *wanted, *packed)
     if touched is not None:
         dtable = touched.gradient(table, dtable)
     return (
@@ -533,14 +544,10 @@ def _no_quantized_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(
-    "l3ext::segmented_attention", _derivative, setup_context=_setup_context, lib=library
-)
-torch.library.register_autograd(
-    "l3ext::table_attention", _table_derivative, setup_context=_table_setup_context, lib=library
-)
-torch.library.register_autograd("l3ext::directory_attention", _no_derivative, lib=library)
-torch.library.register_autograd("l3ext::quantized_attention", _no_quantized_derivative, lib=library)
+register_derivative("segmented_attention", _derivative, _setup_context)
+register_derivative("table_attention", _table_derivative, _table_setup_context)
+register_derivative("directory_attention", _no_derivative)
+register_derivative("quantized_attention", _no_quantized_derivative)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -548,4 +555,4 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
 
 
 for _name in ("segmented_attention_backward", "table_attention_backward"):
-    torch.library.register_autograd(f"l3ext::{_name}", _no_second_derivative, lib=library)
+    register_derivative(_name, _no_second_derivative)

@@ -99,9 +99,6 @@ def test_modes_and_transforms_see_the_call_without_a_gradient():
         fake = table_attention(mode.from_tensor(x), mode.from_tensor(table), plan, tied=False)
     assert isinstance(fake, FakeTensor)
     assert fake.shape == y.shape
-    # No gradient by torch.func: an error, never zeros.
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda x: table_attention(x, table, plan, tied=False).sum())(x)
 
 
 class _Calls(torch.overrides.TorchFunctionMode):
@@ -178,6 +175,69 @@ def test_who_watches_sees_the_call_without_a_gradient():
     assert "l3ext::table_attention" in str(traced.graph)
 
 
+def gradients(loss, *inputs):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_by_torch_func_are_those_of_autograd(sparse):
+    x, table, offsets, ids = step()
+    plan = l3ext.plan(ids, offsets)
+    keys, values = table[:, :5].contiguous(), table[:, 5:].contiguous()
+
+    def of_table(x, table):
+        return table_attention(x, table, plan, tied=False, sparse=sparse).square().sum()
+
+    def of_halves(x, keys, values):
+        return l3ext.segmented_attention(x, keys, values, plan, 0.7, sparse=sparse).square().sum()
+
+    for loss, inputs in ((of_table, (x, table)), (of_halves, (x, keys, values))):
+        expected = gradients(loss, *inputs)
+        argnums = tuple(range(len(inputs)))
+        _, vjp = torch.func.vjp(loss, *inputs)
+        one = torch.tensor(1.0, dtype=torch.float64)
+        for got in (torch.func.grad(loss, argnums)(*inputs), vjp(one)):
+            assert all(map(same, got, expected))
+        (got,) = torch.func.grad(loss, argnums[-1:])(*inputs)
+        assert same(got, expected[-1])
+
+
+def same(a, b):
+    return torch.equal(a.to_dense(), b.to_dense())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_through_other_transforms():
+    x, table, offsets, ids = step()
+    plan = l3ext.plan(ids, offsets)
+    both = torch.stack([x, x.flip(0)])
+
+    def loss(x):
+        return table_attention(x, table, plan, tied=False).square().sum()
+
+    expected = torch.stack([gradients(loss, each)[0] for each in both])
+    assert torch.equal(torch.vmap(torch.func.grad(loss))(both), expected)
+    assert torch.equal(torch.func.grad(lambda xs: torch.vmap(loss)(xs).sum())(both), expected)
+    # Within vmap no tensor says that a leaf outside requires a gradient.
+    assert torch.equal(gradients(lambda xs: torch.vmap(loss)(xs).sum(), both)[0], expected)
+    functional = torch.func.functionalize(loss)
+    assert torch.equal(gradients(functional, x)[0], expected[0])
+
+
+def test_gradients_of_a_layer_by_torch_func():
+    layer = l3ext.L3Layer(5, 3, 6, l3ext.Allocation.from_rows([1, 2, 4, 3]), dtype=torch.float64)
+    x, _, _, ids = step()
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x, ids)).square().sum()
+
+    got = torch.func.grad(loss)({name: p.detach() for name, p in layer.named_parameters()})
+    layer(x, ids).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_derivatives_that_there_are_not_are_errors_and_never_zeros():
     x, table, offsets, ids = step()
     plan = l3ext.plan(ids, offsets)
@@ -188,8 +248,17 @@ def test_derivatives_that_there_are_not_are_errors_and_never_zeros():
     no_jvp = r"table_attention.* no forward-mode derivative"
     with pytest.raises(RuntimeError, match=no_jvp), forward_ad.dual_level():
         forward_ad.unpack_dual(attend(forward_ad.make_dual(x, torch.ones_like(x))))
-    with pytest.raises(RuntimeError, match=no_jvp):
-        torch.func.jvp(attend, (x,), (torch.ones_like(x),))
+    for function in (attend, torch.func.grad(lambda x: attend(x).sum())):
+        with pytest.raises(RuntimeError, match=no_jvp):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="gradients have no derivatives of their own"):
+        torch.func.grad(lambda x: torch.func.grad(lambda x: attend(x).square().sum())(x).sum())(x)
+    rows = l3ext.quantize_rows(table, 5)
+    scales = {"key_scales": rows.key_scales, "value_scales": rows.value_scales}
+    with pytest.raises(RuntimeError, match="for inference, they have no gradient"):
+        torch.func.grad(
+            lambda x: l3ext.segmented_attention(x, rows.keys, rows.values, plan, **scales).sum()
+        )(x.float())
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(attend(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="gradients have no derivatives of their own"):
