@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import SupportsIndex, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from l3ext import _C
 from l3ext._operators import check_device
-from l3ext.tables import LookupTable
+from l3ext.tables import LookupTable, native_tables
 
 _Object = TypeVar("_Object")
 
@@ -79,28 +78,7 @@ def tables_in_memory(
             "tables: expected a path (str or PathLike) or a list of l3ext.LookupTable, got "
             f"{type(tables).__name__}"
         )
-    tables = list(tables)
-    for i, table in enumerate(tables):
-        if not isinstance(table, LookupTable):
-            raise TypeError(f"tables[{i}]: expected l3ext.LookupTable, got {type(table).__name__}")
-    return [table._native() for table in tables], None
-
-
-def whole_numbers(**options: object) -> dict[str, int]:
-    """Options that the native runtime counts with.
-
-    Raises:
-        TypeError: 1e9 and the like, naming it.
-        ValueError: more than 64 bits hold.
-    """
-    numbers = {}
-    for name, value in options.items():
-        if not isinstance(value, SupportsIndex):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        numbers[name] = operator.index(value)
-        if abs(numbers[name]) >= 2**63:
-            raise ValueError(f"{name}: expected less than 2**63, got {value}")
-    return numbers
+    return native_tables(tables), None
 
 
 def placement_sums(layers: list[dict[str, int]]) -> dict[str, int]:

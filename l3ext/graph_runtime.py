@@ -22,6 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._attention import PLAN, PLAN_LENGTH, attend_by_directory, check_matrix, check_plan
+from l3ext._checks import whole_numbers
 from l3ext._operators import call, current_stream, kernel, library, register_derivative
 from l3ext._runtimes import (
     ClosedByWith,
@@ -29,7 +30,6 @@ from l3ext._runtimes import (
     placement_sums,
     runtime_device,
     tables_in_memory,
-    whole_numbers,
 )
 from l3ext.plans import as_ids, as_offsets, make_plan
 from l3ext.quantization import QUANTIZED_DTYPES

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
+from l3ext._checks import whole_numbers
 from l3ext._operators import current_stream
 from l3ext._runtimes import (
     ClosedByWith,
@@ -27,7 +28,6 @@ from l3ext._runtimes import (
     placement_sums,
     runtime_device,
     tables_in_memory,
-    whole_numbers,
 )
 from l3ext.graph_runtime import GraphRuntime
 from l3ext.ledger import Ledger
@@ -504,7 +504,8 @@ def offload(
         The runtime; also set as ``l3_runtime`` of the module that runs the steps.
 
     Raises:
-        ValueError: a wrong tier or path, no lookup layers, an existing file with other tables.
+        ValueError: a wrong tier or path, no lookup layers, or some without weights, an existing
+            file with other tables.
         OSError: the file cannot be written or read. Whatever fails, the model is left as it was.
         RuntimeError: the model is offloaded already, or a device without support.
     """
@@ -526,6 +527,8 @@ def offload(
             "model: expected one model with lookup layers, got "
             f"{len(layers)} lookup layers and {len(runners)} modules that run them"
         )
+    if any(layer.table is not None and layer.table.is_meta for layer in layers):
+        raise ValueError("model: expected one with weights, got tables on meta")
     runner: Any = runners[0]
     tables = []
     for layer in layers:

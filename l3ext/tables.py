@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from l3ext import _C
+from l3ext._checks import all_of, whole_numbers
 from l3ext.quantization import QuantizedTable
 
 
+@runtime_checkable
 class RowAllocation(Protocol):
     """What the runtime reads of an :class:`l3ext.Allocation`."""
 
@@ -34,7 +36,11 @@ class RowAllocation(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LookupTable:
-    """One layer's table in RAM, used in place and kept alive by whoever serves it."""
+    """One layer's table in RAM, used in place and kept alive by whoever serves it.
+
+    Raises:
+        TypeError: arguments of other types, or a tensor on the meta device.
+    """
 
     #: [v, d_in + d_emb] keys and values row by row, [v, d_in] if tied, contiguous; or quantised,
     #: with this d_in and tied
@@ -42,6 +48,23 @@ class LookupTable:
     allocation: RowAllocation  #: who owns which rows
     d_in: int  #: width of the keys
     tied: bool = False  #: the values are the keys
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, (Tensor, QuantizedTable)):
+            raise TypeError(
+                "data: expected a torch.Tensor or l3ext.QuantizedTable, got "
+                f"{type(self.data).__name__}"
+            )
+        rows = self.data if isinstance(self.data, Tensor) else self.data.storage
+        if rows.is_meta:
+            raise TypeError("data: expected a tensor in host memory, got one on meta, without data")
+        if not isinstance(self.allocation, RowAllocation):
+            raise TypeError(
+                f"allocation: expected l3ext.Allocation, got {type(self.allocation).__name__}"
+            )
+        whole_numbers(d_in=self.d_in)
+        if not isinstance(self.tied, (bool, np.bool_)):
+            raise TypeError(f"tied: expected a bool, got {type(self.tied).__name__}")
 
     def _native(self) -> _C.Table:
         frequency = self.allocation.frequency
@@ -55,12 +78,12 @@ class LookupTable:
                 raise ValueError(f"data: expected (d_in, tied) {expected}, got {got}")
             data = self.data
             return _C.Table.quantized(data.storage, data.keys, *owners, data.d_emb, data.tied)
-        if not isinstance(self.data, Tensor):
-            raise TypeError(
-                "data: expected a torch.Tensor or l3ext.QuantizedTable, got "
-                f"{type(self.data).__name__}"
-            )
         return _C.Table(self.data.detach(), *owners, self.d_in, self.tied)
+
+
+def native_tables(tables: Iterable[LookupTable]) -> list[_C.Table]:
+    """TypeError unless all are lookup tables, naming the first that is none."""
+    return [table._native() for table in all_of(tables, LookupTable, "tables", "l3ext.LookupTable")]
 
 
 def save_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> None:
@@ -73,7 +96,7 @@ def save_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> 
         ValueError, TypeError: tables that do not fit their allocation.
         OSError: with the path, where it cannot be written.
     """
-    _C.write_table_file(os.fspath(path), [table._native() for table in tables])
+    _C.write_table_file(os.fspath(path), native_tables(tables))
 
 
 def check_same_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> None:
@@ -83,12 +106,11 @@ def check_same_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable
         ValueError: it holds others; says which and in what they differ.
         OSError: it is no table file, or damaged.
     """
-    path = os.fspath(path)
+    path, natives = os.fspath(path), native_tables(tables)
     stored = _C.TableFile(path, _C.DirectIo.OFF, _C.IoEngine.AUTO).tables()
-    if len(stored) != len(tables):
-        raise ValueError(f"{path}: expected {len(tables)} tables, the file has {len(stored)}")
-    for i, (ours, theirs) in enumerate(zip(tables, stored, strict=True)):
-        native = ours._native()
+    if len(stored) != len(natives):
+        raise ValueError(f"{path}: expected {len(natives)} tables, the file has {len(stored)}")
+    for i, (native, theirs) in enumerate(zip(natives, stored, strict=True)):
         for field in ("dtype", "d_in", "d_emb", "tied"):
             expected, got = getattr(native, field), getattr(theirs, field)
             if expected != got:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import l3ext
 from l3ext.runtime import PrefetchRuntime
-from l3ext.tables import LookupTable, save_tables
+from l3ext.tables import LookupTable, check_same_tables, save_tables
 from tests.run_script import run_script
 from tests.runtime.tables import Owners, make_table, rows_match
 from tests.runtime.test_offload import generate, make_model
@@ -86,6 +86,50 @@ def test_what_is_no_table(runtime):
     for wrong in (None, table, table.data, b"tables.safetensors"):
         with pytest.raises(TypeError, match=r"tables: expected a path .* got"):
             runtime(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, r"data: expected a torch\.Tensor .* got NoneType"),
+        (
+            {"data": torch.empty(3, 37, device="meta")},
+            r"data: .* in host memory, got one on meta",
+        ),
+        ({"allocation": None}, r"allocation: expected l3ext\.Allocation, got NoneType"),
+        ({"allocation": [1, 2]}, r"allocation: expected l3ext\.Allocation, got list"),
+        ({"d_in": None}, "d_in: expected an int, got None"),
+        ({"d_in": 24.0}, r"d_in: expected an int, got 24\.0"),
+        ({"tied": "yes"}, "tied: expected a bool, got str"),
+    ],
+)
+def test_what_makes_no_lookup_table(change, message):
+    good = make_table(VOCAB)
+    arguments = {"data": good.data, "allocation": good.allocation, "d_in": good.d_in} | change
+    with pytest.raises(TypeError, match=message):
+        LookupTable(**arguments)
+
+
+def test_quantised_rows_on_the_meta_device():
+    rows = l3ext.QuantizedTable(
+        torch.empty(3, 48, dtype=torch.uint8, device="meta"), torch.int8, 24, 13
+    )
+    with pytest.raises(TypeError, match=r"data: .* in host memory, got one on meta"):
+        LookupTable(rows, Owners(np.array([3])), 24)
+
+
+def test_a_model_without_weights_is_not_offloaded():
+    with torch.device("meta"):
+        model = make_model()
+    with pytest.raises(ValueError, match="model: expected one with weights, got tables on meta"):
+        l3ext.offload(model, "ram")
+
+
+@pytest.mark.parametrize("wrong", [None, "tables", [None], torch.zeros(2, 3)])
+def test_what_is_no_list_of_tables(path, wrong):
+    for use in (save_tables, check_same_tables):
+        with pytest.raises(TypeError, match=r"tables(\[0\])?: expected .*l3ext\.LookupTable, got"):
+            use(path, wrong)
 
 
 def test_queries_that_are_no_tensor():

@@ -1,0 +1,77 @@
+"""Checks of single arguments, whose errors name them."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from collections.abc import Iterable
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+_LIMIT = 2**63
+
+
+def integer(value: object, argument: str, least: int | None = None) -> int:
+    """``value`` as an int: an int of Python's or NumPy's, or whatever else is one.
+
+    Raises:
+        TypeError: 1e9, True and the like.
+        ValueError: less than ``least``.
+    """
+    if type(value) is int:  # nearly all; compiled code can follow
+        found = value
+    else:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            found = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{argument}: expected an int, got {reprlib.repr(value)}") from None
+    if least is not None and found < least:
+        raise ValueError(f"{argument}: expected {least} or more, got {found}")
+    return found
+
+
+def whole_numbers(**options: object) -> dict[str, int]:
+    """Options that a native object counts with.
+
+    Raises:
+        TypeError: 1e9 and the like, naming it.
+        ValueError: more than 64 bits hold.
+    """
+    numbers = {name: integer(value, name) for name, value in options.items()}
+    for name, number in numbers.items():
+        if abs(number) >= _LIMIT:
+            raise ValueError(f"{name}: expected less than 2**63, got {number}")
+    return numbers
+
+
+def number(value: object, argument: str) -> float:
+    """``value`` as a float: a number of Python's or NumPy's, or a tensor of one element.
+
+    Raises:
+        TypeError: None, text and the like.
+    """
+    if type(value) is float:
+        return value
+    if not isinstance(value, (bool, str, bytes)):
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"{argument}: expected a number, got {reprlib.repr(value)}")
+
+
+def all_of(values: Iterable[_Item], kind: type[_Item], argument: str, name: str) -> list[_Item]:
+    """``values``, one after the other, as a list.
+
+    Raises:
+        TypeError: they cannot be gone through, or one is not of this kind, called ``name``.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{argument}: expected a list of {name}, got {type(values).__name__}")
+    listed = list(values)
+    for i, value in enumerate(listed):
+        if not isinstance(value, kind):
+            raise TypeError(f"{argument}[{i}]: expected {name}, got {type(value).__name__}")
+    return listed
