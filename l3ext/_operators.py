@@ -201,6 +201,16 @@ _HOST = torch.device("cpu")
 _HOST_QUEUE = (0, functools.partial(_workspace, _HOST))
 
 
+def as_device(device: Any, argument: str) -> torch.device:
+    """``torch.device(device)``, whose errors do not say of what."""
+    try:
+        return torch.device(device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(
+            f"{argument}: expected a torch.device or the name of one, got {device!r}"
+        ) from error
+
+
 def check_device(device: torch.device, argument: str) -> None:
     """RuntimeError unless this build computes on ``device``."""
     known = ("cpu", "cuda") if _C.has_cuda else ("cpu",)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from l3ext import _C
-from l3ext._operators import check_device
+from l3ext._operators import as_device, check_device
 from l3ext.tables import LookupTable, native_tables
 
 _Object = TypeVar("_Object")
@@ -55,7 +55,7 @@ class EndedByWith(_LeftByWith):
 
 def runtime_device(device: torch.device | str | None) -> torch.device:
     """Where attention runs, with the index of a CUDA device; None: the CPU."""
-    place = torch.device("cpu" if device is None else device)
+    place = as_device("cpu" if device is None else device, "device")
     check_device(place, "device")
     if place.type == "cuda" and place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())

@@ -22,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._attention import PLAN, PLAN_LENGTH, attend_by_directory, check_matrix, check_plan
-from l3ext._checks import whole_numbers
+from l3ext._checks import integer, number, whole_numbers
 from l3ext._operators import call, current_stream, kernel, library, register_derivative
 from l3ext._runtimes import (
     ClosedByWith,
@@ -121,11 +121,11 @@ class GraphRows:
         """
         _check_home(self._runtime)
         layout = self._layout
-        if layout.row_dtype is None:
+        if layout.row_dtype is None and isinstance(x, Tensor):
             x = x.to(layout.dtype)
         check_matrix(x, "x")
         check_plan(x, self._plan)
-        place = (self._runtime, self._layer, layout.d_emb, float(scale))
+        place = (self._runtime, self._layer, layout.d_emb, number(scale, "scale"))
         operator = torch.ops.l3ext.fetched_attention.default
         rest = (*self._plan._arrays(), *place)
         return call(operator, _fetched_attention, (x, self._ticket), *rest)
@@ -154,7 +154,7 @@ class GraphStep(EndedByWith):
             ValueError: no such layer.
         """
         layers = len(self._runtime._layouts)
-        if not 0 <= layer < layers:
+        if not 0 <= integer(layer, "layer") < layers:
             raise ValueError(f"layer: expected 0 to {layers - 1}, got {layer}")
         return GraphRows(self, layer)
 

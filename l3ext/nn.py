@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from l3ext._checks import integer, number
+from l3ext._operators import as_device
 from l3ext.allocation import Allocation
 from l3ext.ops import segmented_attention, table_attention
 from l3ext.plans import Plan, as_ids, make_plan
@@ -77,14 +79,18 @@ class L3Layer(nn.Module):
     ) -> None:
         super().__init__()
         for name, width in (("d_model", d_model), ("d_emb", d_emb), ("d_up", d_up)):
-            if width < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {width}")
+            integer(width, name, 1)
         if tied and d_emb != d_model:
             raise ValueError(f"d_emb: a tied table needs d_emb == d_model = {d_model}, got {d_emb}")
         if not isinstance(allocation, Allocation):
             raise TypeError(
                 f"allocation: expected l3ext.Allocation, got {type(allocation).__name__}"
             )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
+        if device is not None:
+            device = as_device(device, "device")
+        eps = number(eps, "eps")
         self.d_model, self.d_emb, self.d_up = d_model, d_emb, d_up
         self.tied = tied
         self.sparse = sparse
@@ -188,6 +194,11 @@ class L3Layer(nn.Module):
 
     def restore_table(self, table: Tensor | QuantizedTable) -> None:
         """Put back what :meth:`release_table` took."""
+        if not isinstance(table, (Tensor, QuantizedTable)):
+            raise TypeError(
+                "table: expected what release_table returned, a torch.Tensor or "
+                f"l3ext.QuantizedTable, got {type(table).__name__}"
+            )
         if isinstance(table, QuantizedTable):
             self._set_quantized(table.storage, table.dtype)
         else:
@@ -220,9 +231,10 @@ class L3Layer(nn.Module):
         """
         if sum(given is not None for given in (token_ids, plan, rows)) != 1:
             raise ValueError("expected exactly one of token_ids, plan and rows")
-        for name, given in (("x", x), ("token_ids", token_ids)):
-            if given is not None and not isinstance(given, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(given).__name__}")
+        tensors = {"x": x} if token_ids is None else {"x": x, "token_ids": token_ids}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if x.ndim == 0 or x.shape[-1] != self.d_model:
             raise ValueError(
                 f"x: expected {self.d_model} in the last dimension, got shape {list(x.shape)}"
@@ -241,6 +253,8 @@ class L3Layer(nn.Module):
 
     def _attend(self, q: Tensor, plan: Plan | None, rows: LayerRows | None) -> Tensor:
         if rows is not None:
+            if not hasattr(rows, "attend"):
+                raise TypeError(f"rows: expected those of a step, got {type(rows).__name__}")
             return rows.attend(q)
         assert plan is not None
         if (table := self.quantized) is not None:

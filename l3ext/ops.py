@@ -23,6 +23,7 @@ from l3ext._attention import (
     check_plan,
     native_plan,
 )
+from l3ext._checks import integer, number
 from l3ext._operators import (
     call,
     detached,
@@ -138,18 +139,19 @@ def segmented_attention(
             f"values: expected {keys.shape[0]} rows, as many as keys, got {values.shape[0]}"
         )
     check_plan(x, plan)
+    scale = number(scale, "scale")
     if quantized:
         assert key_scales is not None
         assert value_scales is not None
         rows = (keys, values, key_scales, value_scales)
         operator = torch.ops.l3ext.quantized_attention.default
-        return call(operator, _quantized_forward, (x, *rows), *plan._arrays(), float(scale))
+        return call(operator, _quantized_forward, (x, *rows), *plan._arrays(), scale)
     if values is keys:
         return table_attention(x, keys, plan, tied=True, scale=scale, sparse=sparse)
     if sparse:
         _check_sparse(keys=keys, values=values)
     operator = torch.ops.l3ext.segmented_attention.default
-    return call(operator, _forward, (x, keys, values), *plan._arrays(), float(scale), sparse)
+    return call(operator, _forward, (x, keys, values), *plan._arrays(), scale, sparse)
 
 
 def table_attention(
@@ -185,7 +187,7 @@ def table_attention(
     if sparse:
         _check_sparse(table=table)
     operator = torch.ops.l3ext.table_attention.default
-    rest = (d_in, tied, *plan._arrays(), float(scale), sparse)
+    rest = (d_in, tied, *plan._arrays(), number(scale, "scale"), sparse)
     return call(operator, _table_forward, (x, table), *rest)
 
 
@@ -236,16 +238,16 @@ def directory_attention(
         (row_stride, 1, "row_stride"),
         (value_offset, 0, "value_offset"),
     ):
-        if value < least:
-            raise ValueError(f"{name}: expected {least} or more, got {value}")
+        integer(value, name, least)
     check_plan(x, plan)
-    layout = (d_emb, row_stride, value_offset, float(scale))
+    layout = (d_emb, row_stride, value_offset, number(scale, "scale"))
     operator = torch.ops.l3ext.directory_attention.default
+    integer(scale_offset, "scale_offset")
     if row_dtype is None or row_dtype == x.dtype:
         if scale_offset != 0:
             raise ValueError(f"scale_offset: expected 0 for rows of {x.dtype}, got {scale_offset}")
         return call(operator, _directory_forward, (x, directory), *plan._arrays(), *layout)
-    check_quantized_dtype(row_dtype)
+    check_quantized_dtype(row_dtype, "row_dtype")
     _check_quantized_queries(x, row_dtype)
     if scale_offset < 1:
         raise ValueError(f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from l3ext import _C
 from l3ext._arrays import host_integers
-from l3ext._operators import check_device, kernel, library, queue
+from l3ext._operators import as_device, check_device, kernel, library, queue
 
 library.define(
     "plan(Tensor token_ids, Tensor offsets, bool check_offsets) -> "
@@ -54,6 +54,10 @@ class Plan:
             segment_rows: int64 [>= S, 2], first row and one past the last row of each segment.
             max_rows: the most rows of a segment; None: as many as before.
         """
+        if not isinstance(segment_rows, Tensor):
+            raise TypeError(
+                f"segment_rows: expected a torch.Tensor, got {type(segment_rows).__name__}"
+            )
         schedule = self.schedule
         if schedule.numel() > 0:  # other numbers of rows are other work
             schedule = torch.ops.l3ext.schedule(
@@ -80,7 +84,7 @@ class Plan:
             RuntimeError: a device that this build has no kernels for.
             ValueError: ``max_rows`` is not known, and the device needs it.
         """
-        place = torch.device(device)
+        place = as_device(device, "device")
         check_device(place, "device")
         if place.type != "cpu" and self.max_rows < 0:
             raise ValueError(

@@ -13,6 +13,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from l3ext._checks import integer
+
 #: The storage dtypes and the largest value of each that is used: int8 symmetrically.
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 QUANTIZED_DTYPES = tuple(_LARGEST)
@@ -46,6 +48,8 @@ class QuantizedTable:
         if not isinstance(self.storage, Tensor) or self.storage.dtype != torch.uint8:
             got = getattr(self.storage, "dtype", type(self.storage).__name__)
             raise TypeError(f"storage: expected a torch.uint8 tensor, got {got}")
+        integer(self.d_in, "d_in", 1)
+        integer(self.d_emb, "d_emb", 1)
         columns = row_bytes(self.d_in, self.d_emb, tied=self.tied)
         shape = list(self.storage.shape)
         if len(shape) != 2 or shape[1] != columns or not self.storage.is_contiguous():
@@ -127,7 +131,8 @@ def quantize_rows(
     if not isinstance(table, Tensor) or not table.dtype.is_floating_point or table.itemsize == 1:
         got = getattr(table, "dtype", type(table).__name__)
         raise TypeError(f"table: expected float64, float32, bfloat16 or float16, got {got}")
-    if table.ndim != 2 or d_in < 1 or (table.shape[1] != d_in if tied else table.shape[1] <= d_in):
+    integer(d_in, "d_in", 1)
+    if table.ndim != 2 or (table.shape[1] != d_in if tied else table.shape[1] <= d_in):
         wanted = f"[v, {d_in}]" if tied else f"[v, more than {d_in}]"
         raise ValueError(f"table: expected shape {wanted}, got {list(table.shape)}")
     table = table.detach()
@@ -176,7 +181,7 @@ def _scale_offset(d_in: int, d_emb: int, tied: bool) -> int:
     return -(-(d_in if tied else d_in + d_emb) // 4) * 4
 
 
-def check_quantized_dtype(dtype: torch.dtype) -> None:
+def check_quantized_dtype(dtype: torch.dtype, argument: str = "dtype") -> None:
     """TypeError unless rows can be stored as ``dtype``."""
-    if dtype not in _LARGEST:
-        raise TypeError(f"dtype: expected torch.float8_e4m3fn or torch.int8, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or dtype not in _LARGEST:
+        raise TypeError(f"{argument}: expected torch.float8_e4m3fn or torch.int8, got {dtype}")

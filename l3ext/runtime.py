@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
-from l3ext._checks import whole_numbers
+from l3ext._checks import integer, number, whole_numbers
 from l3ext._operators import current_stream
 from l3ext._runtimes import (
     ClosedByWith,
@@ -95,6 +95,7 @@ class Rows:
         Returns:
             [N, d_emb], dtype of the rows, or of ``x`` if they are quantised.
         """
+        scale = number(scale, "scale")
         if self.key_scales is None and isinstance(x, Tensor):
             x = x.to(self.keys.dtype)
         # Before the device has more to do: the host then attends beside it.
@@ -166,7 +167,7 @@ class Step(EndedByWith):
         self._runtime.check_home()
         on_host = self._device.type == "cpu"
         segment_rows = torch.empty(self._num_segments, 2, dtype=torch.int64, pin_memory=not on_host)
-        self._native.wait(layer, segment_rows, current_stream(self._device))
+        self._native.wait(integer(layer, "layer"), segment_rows, current_stream(self._device))
         place = self._layers[layer]
         spill = self._native.spill(layer)
         keys, values, *scales = place.arena if spill is None else place.split(spill)

@@ -116,6 +116,52 @@ def test_wrong_operands(change, error, message):
         l3ext.segmented_attention(**arguments)
 
 
+@pytest.mark.parametrize("wrong", [None, "1", b"1", True, [], [1.0]])
+def test_a_scale_that_is_no_number(wrong):
+    x, keys, values, plan = inputs()
+    table = torch.cat([keys, values], dim=1)
+    rows = l3ext.quantize_rows(table, 8)
+    scales = {"key_scales": rows.key_scales, "value_scales": rows.value_scales}
+    directory = torch.tensor([table.data_ptr(), table[2].data_ptr()])
+    layout = {"d_emb": 4, "row_stride": 12, "value_offset": 8}
+    for call in (
+        lambda: l3ext.segmented_attention(x, keys, values, plan, wrong),
+        lambda: l3ext.segmented_attention(x, rows.keys, rows.values, plan, wrong, **scales),
+        lambda: table_attention(x, table, plan, tied=False, scale=wrong),
+        lambda: directory_attention(x, directory, plan, **layout, scale=wrong),
+    ):
+        with pytest.raises(TypeError, match="scale: expected a number, got"):
+            call()
+
+
+def test_a_scale_may_be_any_number():
+    x, keys, values, plan = inputs()
+    expected = l3ext.segmented_attention(x, keys, values, plan, 2.0)
+    for scale in (2, np.float32(2), torch.tensor(2.0), torch.tensor([2])):
+        assert torch.equal(l3ext.segmented_attention(x, keys, values, plan, scale), expected)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [("d_emb", None), ("row_stride", 1.5), ("value_offset", "8"), ("scale_offset", None)],
+)
+def test_a_layout_of_no_integers(argument, wrong):
+    x, _, _, plan = inputs()
+    layout = {"d_emb": 4, "row_stride": 12, "value_offset": 8} | {argument: wrong}
+    with pytest.raises(TypeError, match=f"{argument}: expected an int, got"):
+        directory_attention(x, torch.zeros(2, dtype=torch.int64), plan, **layout)
+
+
+def test_rows_of_a_plan_and_its_device():
+    plan = inputs()[3]
+    with pytest.raises(TypeError, match=r"segment_rows: expected a torch\.Tensor, got NoneType"):
+        plan.with_rows(None)
+    with pytest.raises(TypeError, match=r"device: expected a torch\.device .* got None"):
+        plan.to(None)
+    with pytest.raises(RuntimeError, match=r"device: expected a torch\.device .* got 'gpu'"):
+        plan.to("gpu")
+
+
 def test_table_widths():
     x, _, _, plan = inputs()
     with pytest.raises(ValueError, match="table: expected more than 8 columns, got 8"):

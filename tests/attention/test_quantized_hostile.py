@@ -161,7 +161,8 @@ def test_rows_that_are_not_finite_are_named(bad, column, half):
     [
         (torch.ones(3, 4), 4, {}, ValueError, r"expected shape \[v, more than 4\], got \[3, 4\]"),
         (torch.ones(3, 4), 3, {"tied": True}, ValueError, r"expected shape \[v, 3\]"),
-        (torch.ones(3, 4), 0, {}, ValueError, "expected shape"),
+        (torch.ones(3, 4), 0, {}, ValueError, "d_in: expected 1 or more, got 0"),
+        (torch.ones(3, 4), None, {}, TypeError, "d_in: expected an int, got None"),
         (torch.ones(12), 4, {}, ValueError, r"got \[12\]"),
         (torch.ones(3, 4, dtype=torch.int32), 2, {}, TypeError, "table: expected float64, .*int32"),
         ([[1.0, 2.0]], 1, {}, TypeError, "table: expected float64, float32, .* got list"),
@@ -186,6 +187,9 @@ def test_storage_that_does_not_fit():
         ({"storage": table.storage[:, :16]}, ValueError, "expected contiguous rows of 32 bytes"),
         ({"storage": table.storage.t()}, ValueError, "contiguous"),
         ({"storage": table.storage[0]}, ValueError, "contiguous"),
+        ({"d_in": None}, TypeError, "d_in: expected an int, got None"),
+        ({"d_emb": "4"}, TypeError, "d_emb: expected an int, got '4'"),
+        ({"dtype": [torch.int8]}, TypeError, "dtype: expected torch.float8_e4m3fn or torch.int8"),
         ({"d_in": 80}, ValueError, "contiguous rows of 96 bytes for d_in 80, d_emb 4"),
         ({"dtype": torch.float16}, TypeError, "dtype: expected torch.float8_e4m3fn or torch.int8"),
     ):

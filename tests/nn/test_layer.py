@@ -136,6 +136,10 @@ def test_gradients_of_an_empty_batch():
     [
         ((0, 4, 4), ValueError, "d_model: expected 1 or more, got 0"),
         ((4, 4, -1), ValueError, "d_up: expected 1 or more, got -1"),
+        ((None, 4, 4), TypeError, "d_model: expected an int, got None"),
+        ((4, "4", 4), TypeError, "d_emb: expected an int, got '4'"),
+        ((4, 4, 4.0), TypeError, r"d_up: expected an int, got 4\.0"),
+        ((4, 4, 4, False, None), TypeError, "eps: expected a number, got None"),
         ((4, 5, 4, True), ValueError, "d_emb: a tied table needs d_emb == d_model = 4, got 5"),
     ],
 )
@@ -150,6 +154,16 @@ def test_wrong_calls():
     x, ids = torch.randn(2, 5, 16, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"allocation: expected l3ext.Allocation, got ndarray"):
         L3Layer(4, 4, 4, ROWS)
+    with pytest.raises(TypeError, match=r"dtype: expected a torch.dtype, got str"):
+        L3Layer(4, 4, 4, Allocation.from_rows(ROWS), dtype="float32")
+    with pytest.raises(RuntimeError, match=r"device: expected a torch.device .* got 'gpu'"):
+        L3Layer(4, 4, 4, Allocation.from_rows(ROWS), device="gpu")
+    with pytest.raises(TypeError, match=r"table: expected what release_table .* got NoneType"):
+        layer.restore_table(None)
+    with pytest.raises(TypeError, match=r"rows: expected those of a step, got str"):
+        layer(x, rows="rows")
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got NoneType"):
+        layer(None, ids)
     with pytest.raises(ValueError, match="exactly one of token_ids, plan and rows"):
         layer(x)
     with pytest.raises(ValueError, match="exactly one of token_ids, plan and rows"):

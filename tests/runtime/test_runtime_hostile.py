@@ -46,6 +46,22 @@ def test_a_layer_that_is_not_there():
         for layer in (-1, 1):
             with pytest.raises(ValueError, match=f"layer: expected 0 to 0, got {layer}"):
                 step.wait(layer)
+        with pytest.raises(TypeError, match="layer: expected an int, got None"):
+            step.wait(None)
+
+
+@pytest.mark.parametrize("runtime", [PrefetchRuntime, l3ext.GraphRuntime])
+def test_what_is_no_device_no_layer_and_no_scale(runtime):
+    table = make_table(VOCAB)
+    with pytest.raises(RuntimeError, match=r"device: expected a torch\.device .* got 'gpu'"):
+        runtime([table], device="gpu")
+    with runtime([table]) as opened, opened.begin([1]) as step:
+        with pytest.raises(TypeError, match="layer: expected an int, got '0'"):
+            step.wait("0")
+        with pytest.raises(TypeError, match="scale: expected a number, got None"):
+            step.wait(0).attend(torch.zeros(1, table.d_in), scale=None)
+        with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got NoneType"):
+            step.wait(0).attend(None)
 
 
 @pytest.mark.parametrize(
