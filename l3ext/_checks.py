@@ -5,7 +5,9 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import l3ext
 
 _Item = TypeVar("_Item")
 _LIMIT = 2**63
@@ -62,16 +64,28 @@ def number(value: object, argument: str) -> float:
     raise TypeError(f"{argument}: expected a number, got {reprlib.repr(value)}")
 
 
-def all_of(values: Iterable[_Item], kind: type[_Item], argument: str, name: str) -> list[_Item]:
+def check_kind(value: object, kind: type[Any], argument: str) -> None:
+    """TypeError unless it is one."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{argument}: expected {_name(kind)}, got {type(value).__name__}")
+
+
+def all_of(values: Iterable[_Item], kind: type[Any], argument: str) -> list[_Item]:
     """``values``, one after the other, as a list.
 
     Raises:
-        TypeError: they cannot be gone through, or one is not of this kind, called ``name``.
+        TypeError: they cannot be gone through, or one is not of this kind.
     """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{argument}: expected a list of {name}, got {type(values).__name__}")
+        raise TypeError(
+            f"{argument}: expected a list of {_name(kind)}, got {type(values).__name__}"
+        )
     listed = list(values)
     for i, value in enumerate(listed):
-        if not isinstance(value, kind):
-            raise TypeError(f"{argument}[{i}]: expected {name}, got {type(value).__name__}")
+        check_kind(value, kind, f"{argument}[{i}]")
     return listed
+
+
+def _name(kind: type[Any]) -> str:
+    home = "l3ext" if kind.__name__ in l3ext.__all__ else kind.__module__
+    return f"{home}.{kind.__qualname__}"

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import torch  # before _C, see l3ext/__init__.py
 
 from l3ext import _C
 from l3ext._arrays import host_integers
+from l3ext._checks import integer
 from l3ext._files import atomic_path
 
 _FORMAT = "l3ext.allocation"
@@ -92,8 +92,8 @@ class Allocation:
         Raises:
             ValueError: unless 1 <= vocab_size <= total_rows <= vocab_size * (2^31 - 1).
         """
-        vocab_size = _integer(vocab_size, "vocab_size")
-        total_rows = _integer(total_rows, "total_rows")
+        vocab_size = integer(vocab_size, "vocab_size")
+        total_rows = integer(total_rows, "total_rows")
         if not 1 <= vocab_size < 2**31:
             raise ValueError(f"vocab_size: expected 1 to {2**31 - 1}, got {vocab_size}")
         if total_rows < vocab_size:
@@ -226,10 +226,10 @@ class LZWCounter:
         """
         if not isinstance(parse, str):
             raise TypeError(f'parse: expected "paper" or "lzw", got {type(parse).__name__}')
-        size = _integer(vocab_size, "vocab_size")
+        size = integer(vocab_size, "vocab_size")
         if not 1 <= size < 2**31:
             raise ValueError(f"vocab_size: expected 1 to {2**31 - 1}, got {size}")
-        bound = None if max_codewords is None else _integer(max_codewords, "max_codewords")
+        bound = None if max_codewords is None else integer(max_codewords, "max_codewords")
         if bound is not None and not size <= bound < 2**32 - 1:
             raise ValueError(
                 f"max_codewords: expected vocab_size = {size} (every token is a codeword) to "
@@ -263,7 +263,7 @@ class LZWCounter:
             cuts = np.array([0, ids.size], np.int64)
         else:
             cuts = host_integers(offsets, "offsets").astype(np.int64, copy=False)
-        count = torch.get_num_threads() if threads is None else _integer(threads, "threads")
+        count = torch.get_num_threads() if threads is None else integer(threads, "threads")
         if count < 1:
             raise ValueError(f"threads: expected at least 1, got {count}")
         self._native.update(ids, cuts, min(count, _MANY_THREADS))
@@ -334,7 +334,7 @@ class LZWCounter:
         """Yield (token ids, count) in insertion order, at most ``limit`` of them."""
         stop = self.num_codewords
         if limit is not None:
-            limit = _integer(limit, "limit")
+            limit = integer(limit, "limit")
             if limit < 0:
                 raise ValueError(f"limit: expected at least 0, got {limit}")
             stop = min(stop, limit)
@@ -373,10 +373,10 @@ class LZWCounter:
         Raises:
             ValueError: a size out of range.
         """
-        total_rows = _integer(total_rows, "total_rows")
+        total_rows = integer(total_rows, "total_rows")
         if abs(total_rows) > _INT64_MAX:
             raise ValueError(f"total_rows: expected at most {_INT64_MAX}, got {total_rows}")
-        max_rows = _integer(max_rows, "max_rows")
+        max_rows = integer(max_rows, "max_rows")
         if max_rows < 1:
             raise ValueError(f"max_rows: expected at least 1, got {max_rows}")
         # No token can own more rows than there are: any larger cap means the same, within 64 bits.
@@ -418,13 +418,6 @@ def _load_counter(content: bytes) -> LZWCounter:
         with open(path, "wb") as stream:
             stream.write(content)
         return LZWCounter.load(path)
-
-
-def _integer(value: Any, argument: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{argument}: expected an integer, got {value!r}") from None
 
 
 def _check_range(values: npt.NDArray[np.int64], argument: str, low: int, high: int) -> None:

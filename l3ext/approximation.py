@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from l3ext._checks import check_kind, integer
 from l3ext.allocation import Allocation, LZWCounter
 from l3ext.corpus import TokenChunk
 from l3ext.shards import RUN_TOKENS, count_shards
@@ -41,6 +42,8 @@ def allocation_distance(a: Allocation, b: Allocation) -> float:
     Raises:
         ValueError: the vocabularies or the numbers of rows differ.
     """
+    check_kind(a, Allocation, "a")
+    check_kind(b, Allocation, "b")
     if (a.vocab_size, a.total_rows) != (b.vocab_size, b.total_rows):
         raise ValueError(
             f"b: expected {a.vocab_size} tokens and {a.total_rows} rows, got {b.vocab_size} and "
@@ -62,17 +65,18 @@ class DocumentSample:
         tokens: the most tokens of the sample, at least 1.
         seed: of the order.
         """
-        if tokens < 1:
+        if integer(tokens, "tokens") < 1:
             raise ValueError(f"tokens: expected a sample of at least 1, got {tokens}")
         self.tokens_seen = 0
         self._most = tokens
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(integer(seed, "seed", 0))
         self._last_place = np.inf  # documents from there on are out for good
         self._places = np.empty(0)
         self._chunk = TokenChunk(np.empty(0, np.int32), np.zeros(1, np.int64))
 
     def add(self, chunk: TokenChunk) -> None:
         """Let the next documents pass."""
+        check_kind(chunk, TokenChunk, "chunk")
         self.tokens_seen += int(chunk.tokens.size)
         places = self._random.random(chunk.offsets.size - 1)
         chosen = places < self._last_place

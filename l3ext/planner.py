@@ -25,12 +25,14 @@ latency of a copy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from l3ext._checks import all_of, check_kind, integer, number
 from l3ext.step_sampler import StepSample, StepShape
 
 if TYPE_CHECKING:
@@ -62,11 +64,13 @@ class RowFormat:
     tied: bool = False
 
     def __post_init__(self) -> None:
+        integer(self.d_in, "d_in")
+        integer(self.d_emb, "d_emb")
         if self.d_in < 1 or self.d_emb < 1:
             raise ValueError(f"width: expected at least 1+1, got {self.d_in}+{self.d_emb}")
         if self.tied and self.d_in != self.d_emb:
             raise ValueError(f"tied: expected d_in = d_emb, got {self.d_in} and {self.d_emb}")
-        if self.dtype not in _ELEMENT_BYTES:
+        if not isinstance(self.dtype, str) or self.dtype not in _ELEMENT_BYTES:
             raise ValueError(
                 f"dtype: expected one of {', '.join(_ELEMENT_BYTES)}, got {self.dtype!r}"
             )
@@ -96,6 +100,8 @@ class Link:
     window_ms: float
 
     def __post_init__(self) -> None:
+        number(self.gigabytes_per_second, "gigabytes_per_second")
+        number(self.window_ms, "window_ms")
         if not 0 < self.gigabytes_per_second < float("inf"):
             raise ValueError(f"link: expected GB/s above 0, got {self.gigabytes_per_second}")
         if not 0 <= self.window_ms < float("inf"):
@@ -181,7 +187,20 @@ def plan_tables(
 
     Raises:
         ValueError: nothing was counted, an id outside the vocabulary, or a size out of range.
+        TypeError: an argument of another kind.
     """
+    from l3ext.allocation import LZWCounter
+
+    check_kind(counter, LZWCounter, "counter")
+    check_kind(samples, Mapping, "samples")
+    check_kind(link, Link, "link")
+    formats = all_of(formats, RowFormat, "formats")
+    sizes = [_size(size, i) for i, size in enumerate(all_of(sizes, Iterable, "sizes"))]
+    hot_shares = [
+        number(share, "hot_shares") for share in all_of(hot_shares, numbers.Real, "hot_shares")
+    ]
+    if memory_bytes is not None:
+        memory_bytes = integer(memory_bytes, "memory_bytes")
     if counter.num_tokens == 0:
         raise ValueError("counter: expected a counted corpus, got one of 0 tokens")
     for shape, sample in samples.items():
@@ -210,6 +229,13 @@ def plan_tables(
     return costs
 
 
+def _size(size: Iterable[int], i: int) -> tuple[int, int]:
+    given = [integer(number, f"sizes[{i}]") for number in size]
+    if len(given) != 2:
+        raise ValueError(f"sizes[{i}]: expected total_rows and max_rows, got {len(given)} numbers")
+    return given[0], given[1]
+
+
 def hot_order(allocation: Allocation) -> npt.NDArray[np.int64]:
     """Token ids in the order in which a hot set takes them: int64 [V].
 
@@ -217,6 +243,9 @@ def hot_order(allocation: Allocation) -> npt.NDArray[np.int64]:
     frequency; ties, and unknown frequencies, by rows owned, then by id. The prefetch runtime's
     rule, ``csrc/runtime/hot_set.hpp``.
     """
+    from l3ext.allocation import Allocation
+
+    check_kind(allocation, Allocation, "allocation")
     rows = allocation.rows.astype(np.int64)
     seen = allocation.frequency
     frequency = np.zeros_like(rows) if seen is None else seen
@@ -227,6 +256,11 @@ def choose_hot_set(
     allocation: Allocation, order: npt.NDArray[np.int64], budget_rows: int
 ) -> npt.NDArray[np.bool_]:
     """Which tokens a hot set of ``budget_rows`` holds, bool [V]: in order, each that still fits."""
+    from l3ext.allocation import Allocation
+
+    check_kind(allocation, Allocation, "allocation")
+    check_kind(order, np.ndarray, "order")
+    budget_rows = integer(budget_rows, "budget_rows")
     rows = allocation.rows.astype(np.int64)
     hot = np.zeros(rows.size, bool)
     left = budget_rows

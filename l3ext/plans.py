@@ -13,6 +13,7 @@ from torch import Tensor
 
 from l3ext import _C
 from l3ext._arrays import host_integers
+from l3ext._checks import integer
 from l3ext._operators import as_device, check_device, kernel, library, queue
 
 library.define(
@@ -68,7 +69,7 @@ class Plan:
             segment_rows=segment_rows,
             table_rows=torch.full_like(self.table_rows, -1),
             schedule=schedule,
-            max_rows=self.max_rows if max_rows is None else _count(max_rows, "max_rows"),
+            max_rows=self.max_rows if max_rows is None else integer(max_rows, "max_rows", 0),
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
@@ -175,7 +176,7 @@ def plan(
             cannot be read.
     """
     ids, table = as_ids(token_ids), as_offsets(offsets)
-    most = _most_rows(table, ids.device) if max_rows is None else _count(max_rows, "max_rows")
+    most = _most_rows(table, ids.device) if max_rows is None else integer(max_rows, "max_rows", 0)
     if not isinstance(offsets, Tensor):
         table = table.to(ids.device)
     return make_plan(ids, table, max_rows=most, check_offsets=True)
@@ -253,14 +254,6 @@ def _most_rows(offsets: Tensor, device: torch.device) -> int:
             "where offsets cannot be read, got None"
         )
     return int(torch.diff(offsets).max())
-
-
-def _count(value: int, argument: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{argument}: expected 0 or more, got {value}")
-    return int(value)
 
 
 # --- operators ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from l3ext._checks import check_kind, integer
 from l3ext._shard_worker import FRAME
 from l3ext.allocation import LZWCounter
 from l3ext.corpus import TokenChunk
@@ -53,7 +54,7 @@ def count_shards(
     Raises:
         ValueError: an argument or an id out of range.
     """
-    bound = _bound_of_each(max_codewords, vocab_size, shards, run_tokens)
+    bound = _bound_of_each(max_codewords, vocab_size, shards, run_tokens, parse)
     counters = [LZWCounter(vocab_size, parse, max_codewords=bound) for _ in range(shards)]
     for parts in _deal_all(chunks, vocab_size, shards, run_tokens):
         for counter, part in zip(counters, parts, strict=True):
@@ -82,7 +83,7 @@ def count_shards_in_processes(
     Raises:
         RuntimeError: a process failed or was killed; says which and why.
     """
-    bound = _bound_of_each(max_codewords, vocab_size, shards, run_tokens)
+    bound = _bound_of_each(max_codewords, vocab_size, shards, run_tokens, parse)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="l3ext-shards-")))
         workers = [
@@ -132,7 +133,9 @@ def _deal_all(
     chunks: Iterable[TokenChunk], vocab_size: int, shards: int, run_tokens: int
 ) -> Iterator[list[TokenChunk]]:
     token = document = 0
+    check_kind(chunks, Iterable, "chunks")
     for chunk in chunks:
+        check_kind(chunk, TokenChunk, "chunks")
         _check_ids(chunk, document, vocab_size)
         yield deal(chunk, token, shards, run_tokens)
         token += int(chunk.tokens.size)
@@ -153,16 +156,17 @@ def _check_ids(chunk: TokenChunk, first_document: int, vocab_size: int) -> None:
 
 
 def _bound_of_each(
-    max_codewords: int | None, vocab_size: int, shards: int, run_tokens: int
+    max_codewords: int | None, vocab_size: int, shards: int, run_tokens: int, parse: str
 ) -> int | None:
     """The bound of one shard's dictionary, of arguments that have been checked."""
-    if run_tokens < 1:
+    if integer(run_tokens, "run_tokens") < 1:
         raise ValueError(f"run_tokens: expected at least 1, got {run_tokens}")
-    if not 1 <= shards <= MOST_SHARDS:
+    if not 1 <= integer(shards, "shards") <= MOST_SHARDS:
         raise ValueError(f"shards: expected 1 to {MOST_SHARDS}, got {shards}")
+    LZWCounter(vocab_size, parse)  # checks them before a process is started
     if max_codewords is None:
         return None
-    if max_codewords < shards * vocab_size:
+    if integer(max_codewords, "max_codewords") < shards * vocab_size:
         raise ValueError(
             f"max_codewords: expected at least shards * vocab_size = {shards} * {vocab_size} "
             f"(every token is a codeword of each shard), got {max_codewords}"

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from l3ext._checks import all_of, check_kind, integer
+
 StepKind = Literal["decode", "prefill"]
 _MOST_TOKENS = 1 << 28  # of all steps together: 2 GiB
 
@@ -35,7 +37,7 @@ class StepShape:
     def __post_init__(self) -> None:
         if self.kind not in get_args(StepKind):
             raise ValueError(f'kind: expected "decode" or "prefill", got {self.kind!r}')
-        if self.tokens < 1:
+        if integer(self.tokens, "tokens") < 1:
             raise ValueError(f"tokens: expected at least 1 a step, got {self.tokens}")
 
     def __str__(self) -> str:
@@ -75,13 +77,14 @@ class StepSampler:
         steps: how many of each shape, at least 1.
         seed: of the draw.
         """
+        shapes = all_of(shapes, StepShape, "shapes")
         if not shapes:
             raise ValueError("shapes: expected at least one kind of step, got none")
-        if steps < 1:
+        if integer(steps, "steps") < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         self.shapes = tuple(shapes)
         sizes = {kind: [s.tokens for s in shapes if s.kind == kind] for kind in get_args(StepKind)}
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(integer(seed, "seed", 0))
         drawn = steps * sum(max(tokens, default=0) for tokens in sizes.values())
         if drawn > _MOST_TOKENS:
             raise ValueError(
@@ -94,6 +97,7 @@ class StepSampler:
 
     def add(self, tokens: npt.NDArray[Any]) -> None:
         """Let the next tokens of the corpus pass: integers [n]."""
+        check_kind(tokens, np.ndarray, "tokens")
         self._decode.add(tokens, self._random)
         self._prefill.add(tokens, self._random)
 

@@ -83,7 +83,7 @@ class LookupTable:
 
 def native_tables(tables: Iterable[LookupTable]) -> list[_C.Table]:
     """TypeError unless all are lookup tables, naming the first that is none."""
-    return [table._native() for table in all_of(tables, LookupTable, "tables", "l3ext.LookupTable")]
+    return [table._native() for table in all_of(tables, LookupTable, "tables")]
 
 
 def save_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> None:

@@ -33,6 +33,8 @@ def test_the_distance():
         allocation_distance(rows([2, 2]), rows([2, 3]))
     with pytest.raises(ValueError, match="b: expected 2 tokens and 4 rows, got 3 and 4"):
         allocation_distance(rows([2, 2]), rows([1, 2, 1]))
+    with pytest.raises(TypeError, match=r"b: expected l3ext\.Allocation, got list"):
+        allocation_distance(rows([2, 2]), [2, 2])
 
 
 @given(
@@ -106,3 +108,9 @@ def test_an_empty_corpus_is_at_no_distance():
 def test_a_sample_of_nothing():
     with pytest.raises(ValueError, match="tokens: expected a sample of at least 1, got 0"):
         DocumentSample(0)
+    with pytest.raises(TypeError, match="tokens: expected an int, got None"):
+        DocumentSample(None)
+    with pytest.raises(TypeError, match="seed: expected an int, got '0'"):
+        DocumentSample(1, seed="0")
+    with pytest.raises(TypeError, match=r"chunk: expected l3ext\.corpus\.TokenChunk, got list"):
+        DocumentSample(1).add([1])

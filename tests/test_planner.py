@@ -15,6 +15,7 @@ from l3ext.step_sampler import StepSample, StepSampler, StepShape
 from tests.lzw.reference import ReferenceCounter
 
 LINK = Link(gigabytes_per_second=10.0, window_ms=0.0005)
+ONE_ROW = l3ext.Allocation.from_rows([1])
 DECODE, PREFILL = StepShape("decode", 6), StepShape("prefill", 40)
 
 
@@ -267,6 +268,32 @@ def test_nonsense(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StepShape("decode", None), "tokens: expected an int, got None"),
+        (lambda: RowFormat(4.0, 4, "int8"), r"d_in: expected an int, got 4\.0"),
+        (lambda: RowFormat(4, "4", "int8"), "d_emb: expected an int, got '4'"),
+        (lambda: Link("55", 1), "gigabytes_per_second: expected a number, got '55'"),
+        (lambda: Link(1, None), "window_ms: expected a number, got None"),
+        (lambda: StepSampler(None), r"shapes: expected a list of .*StepShape, got NoneType"),
+        (lambda: StepSampler(["decode"]), r"shapes\[0\]: expected .*StepShape, got str"),
+        (lambda: StepSampler([DECODE], steps=1.5), r"steps: expected an int, got 1\.5"),
+        (lambda: StepSampler([DECODE], seed="0"), "seed: expected an int, got '0'"),
+        (lambda: StepSampler([DECODE]).add([1]), r"tokens: expected numpy\.ndarray, got list"),
+        (lambda: hot_order(None), r"allocation: expected l3ext\.Allocation, got NoneType"),
+        (lambda: choose_hot_set(ONE_ROW, [0], 1), r"order: expected numpy\.ndarray, got list"),
+        (
+            lambda: choose_hot_set(ONE_ROW, np.array([0]), None),
+            "budget_rows: expected an int, got None",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_a_corpus_shorter_than_a_step():
     sampler = StepSampler([DECODE, PREFILL], steps=5)
     sampler.add(np.arange(39))
@@ -281,6 +308,34 @@ def test_a_corpus_shorter_than_a_step():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"counter": None}, r"counter: expected l3ext\.LZWCounter, got NoneType"),
+        ({"samples": None}, "samples: expected .*Mapping, got NoneType"),
+        ({"sizes": 4}, "sizes: expected a list .*, got int"),
+        ({"sizes": [("240", 64)]}, r"sizes\[0\]: expected an int, got '240'"),
+        ({"formats": ["int8"]}, r"formats\[0\]: expected l3ext.planner.RowFormat, got str"),
+        ({"link": 55}, r"link: expected l3ext.planner.Link, got int"),
+        ({"memory_bytes": "1GiB"}, "memory_bytes: expected an int, got '1GiB'"),
+        ({"hot_shares": ["10%"]}, r"hot_shares\[0\]: expected numbers.Real, got str"),
+    ],
+)
+def test_plans_of_what_is_of_another_kind(changes, message):
+    tokens = zipf_tokens(2000)
+    arguments = {
+        "counter": counted(tokens),
+        "samples": sampled(tokens, [DECODE]),
+        "sizes": [(240, 64)],
+        "formats": [RowFormat(8, 8, "int8")],
+        "link": LINK,
+        **changes,
+    }
+    with pytest.raises(TypeError, match=message):
+        plan_tables(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": [(240,)]}, r"sizes\[0\]: expected total_rows and max_rows, got 1 numbers"),
         ({"counter": l3ext.LZWCounter(60)}, "counter: expected a counted corpus, got one of 0"),
         ({"counter": counted([1, 2, 1], 5)}, r"samples: expected ids in \[0, 5\), got .* decode 6"),
         ({"memory_bytes": -1}, "memory_bytes: expected at least 0, got -1"),

@@ -120,6 +120,25 @@ def test_nonsense(count, arguments, message):
         count(iter([]), 50, **arguments)
 
 
+@pytest.mark.parametrize("count", [count_shards, count_shards_in_processes])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunks": None}, "chunks: expected collections.abc.Iterable, got NoneType"),
+        ({"chunks": [[1, 2]]}, "chunks: expected l3ext.corpus.TokenChunk, got list"),
+        ({"vocab_size": None}, "vocab_size: expected an int, got None"),
+        ({"shards": None}, "shards: expected an int, got None"),
+        ({"parse": None}, 'parse: expected "paper" or "lzw", got NoneType'),
+        ({"max_codewords": "9"}, "max_codewords: expected an int, got '9'"),
+        ({"run_tokens": 1.5}, r"run_tokens: expected an int, got 1\.5"),
+    ],
+)
+def test_arguments_of_another_kind(count, changes, message):
+    arguments = {"chunks": [], "vocab_size": 50, "shards": 1} | changes
+    with pytest.raises(TypeError, match=message):
+        count(arguments.pop("chunks"), arguments.pop("vocab_size"), **arguments)
+
+
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
     """The directory of temporary files, empty."""

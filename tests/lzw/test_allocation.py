@@ -99,7 +99,7 @@ def test_a_huge_cap_is_no_cap():
 
 
 def test_sizes_are_integers():
-    with pytest.raises(TypeError, match=r"total_rows: expected an integer, got 8\.0"):
+    with pytest.raises(TypeError, match=r"total_rows: expected an int, got 8\.0"):
         l3ext.LZWCounter(3).allocate(8.0)
     assert l3ext.LZWCounter(np.int64(3)).allocate(np.int32(8)).total_rows == 8
 

@@ -117,7 +117,7 @@ def test_bad_max_codewords(bound):
 
 
 def test_max_codewords_of_another_type():
-    with pytest.raises(TypeError, match=r"max_codewords: expected an integer, got 3\.5"):
+    with pytest.raises(TypeError, match=r"max_codewords: expected an int, got 3\.5"):
         l3ext.LZWCounter(3, max_codewords=3.5)
 
 

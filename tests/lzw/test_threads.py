@@ -117,8 +117,8 @@ def test_a_rejected_update_in_several_threads_leaves_the_counter_unchanged():
     [
         (0, ValueError, "threads: expected at least 1, got 0"),
         (-3, ValueError, "threads: expected at least 1, got -3"),
-        (1.5, TypeError, "threads: expected an integer, got 1.5"),
-        ("2", TypeError, "threads: expected an integer, got '2'"),
+        (1.5, TypeError, "threads: expected an int, got 1.5"),
+        ("2", TypeError, "threads: expected an int, got '2'"),
     ],
 )
 def test_no_number_of_threads(threads, error, message):
