@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from l3ext._checks import integer
+
 PathLike = str | os.PathLike[str]
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
@@ -71,6 +73,7 @@ def read_tokens(
     split: str = "line",
     dtype: Any = None,
     eos_id: int | None = None,
+    vocab_size: int | None = None,
     chunk_tokens: int = 1 << 22,
 ) -> Iterator[TokenChunk]:
     """Yield the tokens of a corpus in chunks of whole documents.
@@ -84,17 +87,26 @@ def read_tokens(
         dtype: integer dtype of ``.bin`` files; uint16 where None.
         eos_id: the id that ends each document of a token file and belongs to it; None: a token
             file is one document.
+        vocab_size: ids of token files must be in [0, vocab_size); None: they are not looked at.
         chunk_tokens: tokens of a chunk, at least 1; only a longer document makes a larger chunk.
 
     Raises:
-        OSError, ValueError: as ``read_documents``; also a token file that is no array of ids.
+        OSError, ValueError: as ``read_documents``; also a token file that is no array of ids, or
+            has one outside the vocabulary (which, and at which position).
         TypeError: a tokenizer or dtype of another kind.
     """
     files = _existing_files(paths, _DOCUMENT_SUFFIXES + TOKEN_SUFFIXES)
     _check_split(split)
-    if chunk_tokens < 1:
+    if integer(chunk_tokens, "chunk_tokens") < 1:
         raise ValueError(f"chunk_tokens: expected at least 1, got {chunk_tokens}")
-    raw = np.dtype(np.uint16 if dtype is None else dtype)
+    if eos_id is not None:
+        eos_id = integer(eos_id, "eos_id")
+    if vocab_size is not None:
+        vocab_size = integer(vocab_size, "vocab_size")
+    try:
+        raw = np.dtype(np.uint16 if dtype is None else dtype)
+    except TypeError:
+        raise TypeError(f"dtype: expected an integer dtype, got {dtype!r}") from None
     if raw.kind not in "iu":
         raise TypeError(f"dtype: expected an integer dtype, got {raw}")
     encode: Callable[[list[str]], list[Any]] | None = None
@@ -104,7 +116,13 @@ def read_tokens(
     def chunks() -> Iterator[TokenChunk]:
         for file in files:
             if file.suffix in TOKEN_SUFFIXES:
-                yield from _cut(_map_tokens(file, raw), eos_id, chunk_tokens)
+                ids = _map_tokens(file, raw)
+                for begin, offsets in _cut(ids, eos_id, chunk_tokens):
+                    tokens = ids[begin : begin + offsets[-1]]
+                    if vocab_size is not None:
+                        _check_ids(tokens, vocab_size, file, begin)
+                    narrow = np.can_cast(tokens.dtype, np.int32)
+                    yield TokenChunk(np.asarray(tokens, np.int32 if narrow else np.int64), offsets)
             else:
                 assert encode is not None
                 documents = read_documents(file, column=column, split=split)
@@ -130,7 +148,14 @@ def load_tokenizer(path: PathLike) -> Tokenizer:
 
 
 def _existing_files(paths: PathLike | Iterable[PathLike], suffixes: tuple[str, ...]) -> list[Path]:
-    files = [Path(p) for p in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise TypeError(f"paths: expected a path or a list of them, got {type(paths).__name__}")
+    files = []
+    for path in given:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"paths: expected a path or a list of them, got one of {path!r}")
+        files.append(Path(path))
     if not files:
         raise ValueError("paths: expected at least one file, got none")
     for file in files:
@@ -300,17 +325,28 @@ def _map_tokens(file: Path, raw: np.dtype[Any]) -> npt.NDArray[Any]:
     return np.memmap(file, raw.newbyteorder("<"), mode="r")
 
 
-def _cut(ids: npt.NDArray[Any], eos_id: int | None, chunk_tokens: int) -> Iterator[TokenChunk]:
+def _check_ids(tokens: npt.NDArray[Any], vocab_size: int, file: Path, begin: int) -> None:
+    """Here it is still known which file they are from; the first is its token ``begin``."""
+    if tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        return
+    position = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
+    raise ValueError(
+        f"{file}: expected ids in [0, {vocab_size}), got {tokens[position]} at position "
+        f"{begin + position}"
+    )
+
+
+def _cut(
+    ids: npt.NDArray[Any], eos_id: int | None, chunk_tokens: int
+) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Where each chunk begins, and the offsets of its documents."""
     begin = 0
     while begin < ids.size:
         if eos_id is None:
             ends = np.array([ids.size])
         else:
             ends = _document_ends(ids, begin, eos_id, chunk_tokens)
-        offsets = np.concatenate([[0], ends - begin]).astype(np.int64)
-        tokens = ids[begin : ends[-1]]
-        narrow = np.can_cast(tokens.dtype, np.int32)
-        yield TokenChunk(np.asarray(tokens, np.int32 if narrow else np.int64), offsets)
+        yield begin, np.concatenate([[0], ends - begin]).astype(np.int64)
         begin = int(ends[-1])
 
 

@@ -121,6 +121,15 @@ def test_errors_show_before_anything_is_read(tmp_path, tokenizer):
         read_tokens(good, tokenizer=tokenizer, chunk_tokens=0)
     with pytest.raises(TypeError, match="dtype: expected an integer dtype, got float32"):
         read_tokens(good, tokenizer=tokenizer, dtype=np.float32)
+    with pytest.raises(TypeError, match="dtype: expected an integer dtype, got 'uint17'"):
+        read_tokens(good, tokenizer=tokenizer, dtype="uint17")
+    for wrong in (None, 1.5, b"a.txt", [good, None]):
+        with pytest.raises(TypeError, match="paths: expected a path or a list of them, got"):
+            read_documents(wrong)
+    with pytest.raises(TypeError, match="chunk_tokens: expected an int, got None"):
+        read_tokens(good, tokenizer=tokenizer, chunk_tokens=None)
+    with pytest.raises(TypeError, match="eos_id: expected an int, got '0'"):
+        read_tokens(good, tokenizer=tokenizer, eos_id="0")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +174,26 @@ def test_bad_parquet(tmp_path):
 def test_bad_token_files(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         list(read_tokens(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize("eos_id", [None, 0])
+@pytest.mark.parametrize(
+    ("dtype", "bad"), [("<u2", 9), ("<i4", -1), ("<i8", 2**40), ("<u8", 2**64 - 1)]
+)
+def test_ids_outside_the_vocabulary_are_named_by_file_and_position(tmp_path, dtype, bad, eos_id):
+    good = np.tile(np.arange(9), 3).astype(dtype)
+    wrong = good.copy()
+    wrong[20:22] = bad
+    np.save(tmp_path / "a.npy", good)
+    np.save(tmp_path / "b.npy", wrong)
+    write(tmp_path / "b.bin", wrong.tobytes())
+    for name in ("b.npy", "b.bin"):
+        paths = [tmp_path / "a.npy", tmp_path / name]
+        options = {"dtype": dtype, "eos_id": eos_id, "chunk_tokens": 5}
+        message = rf"{name}: expected ids in \[0, 9\), got {bad} at position 20"
+        with pytest.raises(ValueError, match=message):
+            list(read_tokens(paths, **options, vocab_size=9))
+        assert sum(chunk.tokens.size for chunk in read_tokens(paths, **options)) == 54
 
 
 def test_npy_files_that_hold_something_else(tmp_path):

@@ -67,12 +67,14 @@ def prepare_tokens(
         file = TokenFile.open(corpus[0])
     else:
         remark(f"tokenising into {output / TOKENS}")
+        size = len(text_tokenizer)
+        options: dict[str, Any] = {"column": column, "split": split, "vocab_size": size}
         chunks = (
             chunk if path.suffix in TOKEN_SUFFIXES else _end_documents(chunk, text_tokenizer)
             for path in corpus
-            for chunk in read_tokens(path, tokenizer=text_tokenizer, column=column, split=split)
+            for chunk in read_tokens(path, tokenizer=text_tokenizer, **options)
         )
-        file = write_token_file(output / TOKENS, chunks, vocab_size=len(text_tokenizer))
+        file = write_token_file(output / TOKENS, chunks, vocab_size=size)
     (output / RECORD).write_text(json.dumps(record, indent=2))  # last: what it names is whole
     return text_tokenizer, file
 

@@ -69,7 +69,7 @@ def open_corpus(
     size = _vocab_size(vocab_size, encoder)
     chunks = read_tokens(
         inputs, tokenizer=encoder, column=column, split=split, dtype=np.dtype(dtype),
-        eos_id=eos_id, chunk_tokens=CHUNK_TOKENS,
+        eos_id=eos_id, vocab_size=size, chunk_tokens=CHUNK_TOKENS,
     )  # fmt: skip
     return Corpus(size, chunks)
 

@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_corpus_is_refused(tmp_path, bin_arguments):
         ({"--rows": "nanx"}, "--rows: expected a number"),
         ({"--rows": "0.5x"}, "total_rows: expected at least vocab_size = 50"),
         ({"--rows": "99x"}, "total_rows: expected at most vocab_size * max_rows = 50 * 32"),
-        ({"--vocab-size": "49"}, "tokens: expected ids in [0, 49), got 49 at position"),
+        ({"--vocab-size": "49"}, "a.bin: expected ids in [0, 49), got 49 at position"),
         ({"--parse": "lz"}, 'parse: expected "paper" or "lzw"'),
         ({"--dtype": "float32"}, "dtype: expected an integer dtype"),
         ({"--tokenizer": "nowhere.json"}, "nowhere.json"),
