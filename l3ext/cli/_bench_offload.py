@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from l3ext.cli._bench_inputs import check_names, dtype_named, make_workload, source_of
-from l3ext.cli._output import JsonOption, format_bytes, parse_bytes, print_json, remark
+from l3ext.cli._output import (
+    JsonOption,
+    format_bytes,
+    parse_bytes,
+    print_json,
+    remark,
+    table_console,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,10 +140,7 @@ def offload(
     if as_json:
         print_json(result)
         return
-    from rich.console import Console
-
-    # Piped, the tables would be cut to 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = table_console()
     for measurement in result["measurements"]:
         console.print(_table(measurement))
     console.print(_conditions(result))

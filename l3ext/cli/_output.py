@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")
@@ -39,6 +43,13 @@ def format_bytes(count: int) -> str:
         if size < 1024 or unit == "TiB":
             break
     return f"{size:.1f} {unit}"
+
+
+def table_console() -> Console:
+    """Where tables go: stdout. Piped, they would be cut to 80 columns."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def print_json(value: Any) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from l3ext.cli._bench_inputs import check_names, dtype_named, make_workload
 from l3ext.cli._bench_offload import offload
-from l3ext.cli._output import JsonOption, print_json, remark
+from l3ext.cli._output import JsonOption, print_json, remark, table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -165,9 +165,7 @@ def attention(
     if as_json:
         print_json(results)
         return
-    from rich.console import Console
-
-    console = Console()
+    console = table_console()
     for result in results:
         for measurement in result["measurements"]:
             console.print(_table(result, measurement))
@@ -177,6 +175,7 @@ def attention(
 
 
 def _table(result: dict[str, Any], measurement: dict[str, Any]) -> Table:
+    from rich.box import SIMPLE
     from rich.table import Table
 
     floor = measurement["floor"]
@@ -189,23 +188,29 @@ def _table(result: dict[str, Any], measurement: dict[str, Any]) -> Table:
         )
     )
     table = Table(
+        box=SIMPLE,  # 80 columns are enough for the longest name and seven digits
+        show_edge=False,
+        padding=0,
         title=f"{measurement['regime']}, {measurement['num_tokens']} tokens, {result['dtype']}",
         caption=caption,
     )
-    for column in ("", "median µs", "p10 to p90", "runs", "of floor", "x l3ext", "difference"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "median µs", "p10", "p90", "runs", "of floor", "x l3ext", "differs"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     ours = next(iter(measurement["results"].values()))["median"]
     for name, row in measurement["results"].items():
         table.add_row(
             name,
-            f"{1e6 * row['median']:.1f}",
-            f"{1e6 * row['p10']:.1f} to {1e6 * row['p90']:.1f}",
+            *(_microseconds(row[part]) for part in ("median", "p10", "p90")),
             str(row["runs"]),
             f"{100 * row['fraction']:.1f} %" if "fraction" in row else "",
             f"{row['median'] / ours:.2f}",
             f"{row['difference']:.1e}" if "difference" in row else "",
         )
     return table
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.{1 if seconds < 1e-3 else 0}f}"
 
 
 def _conditions(result: dict[str, Any]) -> str:

@@ -1,17 +1,20 @@
 """The benchmark's parts: what it counts is right, and every path runs on the CPU."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import l3ext
 from l3ext.bench import attention, peers, timing
 from l3ext.bench.floors import Cost, StepShape
 from l3ext.bench.workload import Workload, from_zipf
-from l3ext.cli.bench import app
+from l3ext.cli._output import table_console
+from l3ext.cli.bench import _table, app
 
 CPU = torch.device("cpu")
 # Compiling takes long; the plain form of the compiled blocks is here.
@@ -237,6 +240,31 @@ def test_steps_differ_from_run_to_run():
 # --- the command ----------------------------------------------------------------------------------
 SMALL = ["attention", "--zipf", "--vocab-size", "60", "--total-rows", "300", "--max-rows", "32"]
 SMALL += ["--num-tokens", "70", "--d-in", "64", "--d-emb", "32", "--runs", "3"]
+
+
+def test_the_table_fits_80_columns_and_cuts_nothing():
+    names = ["l3ext", "l3ext, sparse gradient", *peers.PEERS]
+    row = {"median": 9.8765432, "p10": 8.7654321, "p90": 9.9999994, "runs": 100}
+    row |= {"fraction": 1.2346, "difference": 1.2e-7}
+    measurement = {"regime": "backward", "num_tokens": 65536, "results": dict.fromkeys(names, row)}
+    measurement["floor"] = {"bytes": 0.00123, "flops": 0.00045}
+    output = io.StringIO()
+    Console(file=output, width=80).print(_table({"dtype": "bfloat16"}, measurement))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in names:
+        (line,) = (line for line in lines if line.startswith(f"{name} "))
+        cells = ["9876543", "8765432", "9999999", "100", "123.5", "%", "1.00", "1.2e-07"]
+        assert line.removeprefix(name).split() == cells
+    assert lines[1].split()[:4] == ["median", "µs", "p10", "p90"]
+
+
+def test_small_times_keep_a_digit_and_a_pipe_is_wide(capsys):
+    row = {"median": 12.34e-6, "p10": 9.87e-6, "p90": 999.9e-6, "runs": 3}
+    measurement = {"regime": "plan", "num_tokens": 8, "results": {"l3ext": row}, "floor": None}
+    table_console().print(_table({"dtype": "float32"}, measurement))
+    assert "12.3 9.9 999.9" in capsys.readouterr().out
+    assert table_console().width == 120
 
 
 def test_the_command_prints_a_table_and_writes_the_same(tmp_path, capsys):
