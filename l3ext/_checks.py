@@ -7,6 +7,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+import numpy as np
+
 import l3ext
 
 _Item = TypeVar("_Item")
@@ -46,6 +48,13 @@ def whole_numbers(**options: object) -> dict[str, int]:
         if abs(number) >= _LIMIT:
             raise ValueError(f"{name}: expected less than 2**63, got {number}")
     return numbers
+
+
+def check_flags(**options: object) -> None:
+    """TypeError unless each is True or False, naming the one that is neither."""
+    for name, value in options.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name}: expected True or False, got {reprlib.repr(value)}")
 
 
 def number(value: object, argument: str) -> float:

@@ -22,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 from l3ext._attention import PLAN, PLAN_LENGTH, attend_by_directory, check_matrix, check_plan
-from l3ext._checks import integer, number, whole_numbers
+from l3ext._checks import check_flags, integer, number, whole_numbers
 from l3ext._operators import call, current_stream, kernel, library, register_derivative
 from l3ext._runtimes import (
     ClosedByWith,
@@ -210,6 +210,7 @@ class GraphRuntime(ClosedByWith):
         in_place: bool = True,
         fetch_blocks: int = 4,
     ) -> None:
+        check_flags(in_place=in_place)
         self._device = runtime_device(device)
         self._fetch_blocks = fetch_blocks
         numbers = whole_numbers(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
-from l3ext._checks import integer, number, whole_numbers
+from l3ext._checks import check_flags, integer, number, whole_numbers
 from l3ext._operators import current_stream
 from l3ext._runtimes import (
     ClosedByWith,
@@ -291,9 +291,10 @@ class PrefetchRuntime(ClosedByWith):
         prefill_chunk: int = 0,
         poison: bool = False,
     ) -> None:
-        if direct_io not in _DIRECT_IO:
+        check_flags(in_place=in_place, mapped=mapped, verify=verify, poison=poison)
+        if not isinstance(direct_io, (bool, str)) or direct_io not in _DIRECT_IO:
             raise ValueError(f'direct_io: expected True, False or "auto", got {direct_io!r}')
-        if io_engine not in _IO_ENGINE:
+        if not isinstance(io_engine, str) or io_engine not in _IO_ENGINE:
             raise ValueError(
                 f'io_engine: expected "auto", "io_uring" or "pread", got {io_engine!r}'
             )

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from l3ext import _C
-from l3ext._checks import all_of, whole_numbers
+from l3ext._checks import all_of, check_flags, whole_numbers
 from l3ext.quantization import QuantizedTable
 
 
@@ -63,8 +63,7 @@ class LookupTable:
                 f"allocation: expected l3ext.Allocation, got {type(self.allocation).__name__}"
             )
         whole_numbers(d_in=self.d_in)
-        if not isinstance(self.tied, (bool, np.bool_)):
-            raise TypeError(f"tied: expected a bool, got {type(self.tied).__name__}")
+        check_flags(tied=self.tied)
 
     def _native(self) -> _C.Table:
         frequency = self.allocation.frequency

@@ -55,6 +55,8 @@ def test_what_is_no_device_no_layer_and_no_scale(runtime):
     table = make_table(VOCAB)
     with pytest.raises(RuntimeError, match=r"device: expected a torch\.device .* got 'gpu'"):
         runtime([table], device="gpu")
+    with pytest.raises(TypeError, match="in_place: expected True or False, got 'no'"):
+        runtime([table], in_place="no")
     with runtime([table]) as opened, opened.begin([1]) as step:
         with pytest.raises(TypeError, match="layer: expected an int, got '0'"):
             step.wait("0")
@@ -74,6 +76,9 @@ def test_what_is_no_device_no_layer_and_no_scale(runtime):
         ({"io_engine": "aio"}, "io_engine: expected"),
         ({"piece_bytes": 5000}, "piece_bytes: expected a multiple of 4096, got 5000"),
         ({"record_steps": -1}, "record_steps: expected at least 0, got -1"),
+        ({"io_engine": None}, "io_engine: expected .* got None"),
+        ({"io_engine": ["pread"]}, "io_engine: expected"),
+        ({"direct_io": [True]}, "direct_io: expected True, False or"),
         ({"direct_io": "yes"}, "direct_io: expected True, False or"),
     ],
 )
@@ -116,7 +121,7 @@ def test_what_is_no_table(runtime):
         ({"allocation": [1, 2]}, r"allocation: expected l3ext\.Allocation, got list"),
         ({"d_in": None}, "d_in: expected an int, got None"),
         ({"d_in": 24.0}, r"d_in: expected an int, got 24\.0"),
-        ({"tied": "yes"}, "tied: expected a bool, got str"),
+        ({"tied": "yes"}, "tied: expected True or False, got 'yes'"),
     ],
 )
 def test_what_makes_no_lookup_table(change, message):
