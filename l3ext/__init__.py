@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from l3ext.allocation import Allocation, LZWCounter, allocate
     from l3ext.graph_runtime import GraphRuntime
     from l3ext.nn import L3Layer
+    from l3ext.offloading import offload
     from l3ext.ops import segmented_attention
     from l3ext.plans import Plan, plan
     from l3ext.quantization import QuantizedTable, quantize_rows
-    from l3ext.runtime import PrefetchRuntime, offload
+    from l3ext.runtime import PrefetchRuntime
     from l3ext.tables import LookupTable
 
     __version__: str
@@ -43,13 +44,13 @@ _HOMES = {
     "allocate": "l3ext.allocation",
     "GraphRuntime": "l3ext.graph_runtime",
     "L3Layer": "l3ext.nn",
+    "offload": "l3ext.offloading",
     "Plan": "l3ext.plans",
     "plan": "l3ext.plans",
     "segmented_attention": "l3ext.ops",
     "QuantizedTable": "l3ext.quantization",
     "quantize_rows": "l3ext.quantization",
     "PrefetchRuntime": "l3ext.runtime",
-    "offload": "l3ext.runtime",
     "LookupTable": "l3ext.tables",
 }
 _NATIVE_FACTS = {"__version__": "version", "has_cuda": "has_cuda"}
