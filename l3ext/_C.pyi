@@ -60,6 +60,14 @@ def directory_attention(
     scale_offset: int = ...,
     spare_multiprocessors: int = ...,
 ) -> None: ...
+def tune_cuda(
+    *,
+    most_forward_tiles: int = ...,
+    most_backward_tiles: int = ...,
+    most_decode_tokens: int = ...,
+    decode_turns: int = ...,
+    slabs: bool = ...,
+) -> None: ...
 def segmented_attention_backward(
     dy: Any,
     x: Any,

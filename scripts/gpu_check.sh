@@ -24,6 +24,7 @@ tied        35  forward and decode of a tied table
 graph       60  a decode step in one graph, its table on the device and in host memory
 sanitize    90  compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 peers      150  forward and backward beside what users write today
+choices     60  tiles, splits and paths that the kernels could take, against those that they do
 text        60  the same as bench on real text and its real allocation
 cpp         60  the other C++ tests, the emulation's too
 fetch       60  rows from host memory: copy engines, kernel, prefetcher (needs google-benchmark)
@@ -67,6 +68,10 @@ peers() {
   run_bench peers --regime forward --regime backward --runs 20 --budget 8 \
     --peer "paper's listing compiled" --peer "grouped GEMM" --peer "loop of mm" \
     --peer "padded gather" --peer FlexAttention
+}
+
+choices() {
+  "$python" benchmarks/compare_choices.py --device cuda --output "$out/choices.json"
 }
 
 text() {

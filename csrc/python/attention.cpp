@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "attention/cuda/heuristics.hpp"
 #include "attention/cuda/segmented_attention.hpp"
 #include "attention/segmented_attention.hpp"
 #include "python/array_reader.hpp"
@@ -176,6 +177,23 @@ void bind_attention(py::module_& module) {
              py::arg("values"), py::arg("plan"), py::arg("max_rows"), py::arg("scale"),
              py::arg("num_threads"), py::arg("segment_gradients"), py::arg("dx"), py::arg("dkeys"),
              py::arg("dvalues"), py::arg("queue"));
+  // Without arguments: as it was.
+  module.def(
+      "tune_cuda",
+      [](int most_forward_tiles, int most_backward_tiles, int64_t most_decode_tokens,
+         int decode_turns, bool slabs) {
+        L3EXT_CHECK(decode_turns >= 1, "decode_turns: expected 1 or more, got ", decode_turns);
+        L3EXT_CHECK(most_decode_tokens <= cuda::kDecodeTokens,
+                    "most_decode_tokens: expected at most ", cuda::kDecodeTokens, ", got ",
+                    most_decode_tokens);
+        cuda::tuning() = {most_forward_tiles, most_backward_tiles, most_decode_tokens, decode_turns,
+                          slabs};
+      },
+      py::kw_only(), py::arg("most_forward_tiles") = cuda::Tuning{}.most_forward_tiles,
+      py::arg("most_backward_tiles") = cuda::Tuning{}.most_backward_tiles,
+      py::arg("most_decode_tokens") = cuda::Tuning{}.most_decode_tokens,
+      py::arg("decode_turns") = cuda::Tuning{}.decode_turns,
+      py::arg("slabs") = cuda::Tuning{}.slabs);
 }
 
 }  // namespace l3ext::python

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/cuda/heuristics.hpp"
 #include "check.hpp"
 #include "core/error.hpp"
 #include "cuda_step.hpp"
@@ -191,6 +192,17 @@ void any_order_of_threads_and_any_device_give_the_same_bits() {
   });
 }
 
+void any_tuning_gives_the_same_bits() {
+  for_each_dtype([]<typename T>() {
+    Step<T> step(with_widths(grid({2, 17, 150}, {1, 8, 9, 40, 64, 300}), 128, 64));
+    EXPECT(step.num_tokens > l3ext::cuda::kDecodeTokens);
+    const Gradients wide = step.backward();
+    l3ext::cuda::tuning().most_backward_tiles = 1;
+    EXPECT(same_bits(wide, step.backward()));
+    l3ext::cuda::tuning() = {};
+  });
+}
+
 void any_promise_of_rows_gives_the_same_bits() {
   for_each_dtype([]<typename T>() {
     for (const bool few : {true, false}) {
@@ -265,6 +277,7 @@ int main() {
   RUN(a_nan_stays_in_its_own_segment);
   RUN(positions_of_no_token_give_nothing_to_rows);
   RUN(any_order_of_threads_and_any_device_give_the_same_bits);
+  RUN(any_tuning_gives_the_same_bits);
   RUN(any_promise_of_rows_gives_the_same_bits);
   RUN(a_batch_does_not_change_a_tokens_dx);
   RUN(what_does_not_fit_is_refused_by_name);

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/cuda/heuristics.hpp"
 #include "check.hpp"
 #include "core/error.hpp"
 #include "cuda_step.hpp"
@@ -229,6 +230,29 @@ void any_promise_of_rows_gives_the_same_bits() {
   });
 }
 
+void any_tuning_gives_the_same_bits() {
+  l3ext::cuda::Tuning& tuning = l3ext::cuda::tuning();
+  for_each_dtype([&]<typename T>() {
+    Step<T> many(with_widths(grid({2, 17, 150}, {1, 8, 9, 40, 64, 300}), 128, 192));
+    EXPECT(many.num_tokens > l3ext::cuda::kDecodeTokens);
+    const std::vector<double> dense = many.forward();
+    for (const int tiles : {4, 1}) {
+      tuning.most_forward_tiles = tiles;
+      EXPECT(same_bits(dense, many.forward()));
+    }
+    tuning = {};
+    Step<T> few(with_widths(grid({1, 2, 40, 150}, {1, 9, 20}), 128, 192));
+    const std::vector<double> decoded = few.forward();
+    for (const int turns : {1, 16, 1000}) {
+      tuning.decode_turns = turns;
+      EXPECT(same_bits(decoded, few.forward()));
+    }
+    tuning.most_decode_tokens = 0;
+    EXPECT(close(few.forward(), few.expected_y(), kTolerance<T>, "few, by the kernel of many"));
+    tuning = {};
+  });
+}
+
 // --- addresses -----------------------------------------------------------------------------------
 // A table of zeros of which only the last rows take memory, past 2^31 elements; and queries so far
 // apart that position times stride passes 2^31.
@@ -318,6 +342,7 @@ int main() {
   RUN(any_order_of_threads_and_any_device_give_the_same_bits);
   RUN(a_batch_does_not_change_a_tokens_bits);
   RUN(any_promise_of_rows_gives_the_same_bits);
+  RUN(any_tuning_gives_the_same_bits);
   RUN(addresses_pass_2_to_the_31);
   RUN(what_does_not_fit_is_refused_by_name);
   return check::failures == 0 ? 0 : 1;

@@ -20,6 +20,7 @@ PARTS = [
     "graph",
     "sanitize",
     "peers",
+    "choices",
     "text",
     "cpp",
     "fetch",
@@ -154,6 +155,7 @@ def test_everything_runs_and_is_summed_up(fake):
     assert "-m pytest tests/gpu" in calls
     assert "-m l3ext bench attention --device cuda --output" in calls
     assert "benchmarks/compare_graph_steps.py --device cuda" in calls
+    assert "benchmarks/compare_choices.py --device cuda --output" in calls
 
 
 def test_only_some_parts(fake, tmp_path):

@@ -10,32 +10,35 @@ namespace {
 
 // float32 runs on the FMA units, whose accumulators leave no room for more than one tile.
 template <typename Bytes>
-int most_tiles(int64_t element_bytes, std::initializer_list<int> choices, int64_t shared_bytes,
-               Bytes&& bytes) {
+int most_tiles(int64_t element_bytes, std::initializer_list<int> choices, int most,
+               int64_t shared_bytes, Bytes&& bytes) {
   if (element_bytes == 2) {
     for (const int tiles : choices) {
-      if (bytes(tiles) <= shared_bytes) return tiles;
+      if (tiles <= most && bytes(tiles) <= shared_bytes) return tiles;
     }
   }
   return 1;
 }
 
-constexpr int64_t kTurns = 4;  // pieces per resident block before pieces grow
-
 }  // namespace
 
+Tuning& tuning() {
+  static Tuning tuning;
+  return tuning;
+}
+
 int forward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes) {
-  return most_tiles(element_bytes, {8, 4}, shared_bytes,
+  return most_tiles(element_bytes, {8, 4}, tuning().most_forward_tiles, shared_bytes,
                     [=](int tiles) { return forward_shared_bytes(tiles, max_rows); });
 }
 
 int backward_tiles(int64_t element_bytes, int64_t max_rows, int64_t shared_bytes) {
-  return most_tiles(element_bytes, {4}, shared_bytes,
+  return most_tiles(element_bytes, {4}, tuning().most_backward_tiles, shared_bytes,
                     [=](int tiles) { return backward_shared_bytes(tiles, max_rows); });
 }
 
 bool slabs_fit(int64_t element_bytes, int64_t width, int64_t shared_bytes) {
-  return width <= kMostSlabColumns &&
+  return tuning().slabs && width <= kMostSlabColumns &&
          slab_shared_bytes(static_cast<int>(width * element_bytes)) <= shared_bytes;
 }
 
@@ -45,7 +48,7 @@ int blocks_beside(int resident, int multiprocessors, int spare) {
 }
 
 DecodeShape decode_shape(int64_t num_tokens, int64_t max_rows, int64_t d_emb, int resident) {
-  const int64_t enough = kTurns * resident;
+  const int64_t enough = int64_t{tuning().decode_turns} * resident;
   const int64_t blocks = std::max<int64_t>(1, (max_rows + kBlockRows - 1) / kBlockRows);
   DecodeShape shape;
   shape.slice_blocks = num_tokens * blocks <= enough ? 1 : 2;

@@ -1,10 +1,23 @@
-// Choices of tile and split sizes: pure functions of sizes and the device's limits. None of them
-// changes a result's bits.
+// Choices of tile and split sizes: functions of sizes, the device's limits and the tuning.
 #pragma once
 
 #include <cstdint>
 
+#include "attention/cuda/schedule.hpp"
+
 namespace l3ext::cuda {
+
+// What decides where sizes leave a choice. For benchmarks, which measure what another choice would
+// cost: they change it between calls, in a process of their own. Of these, only slabs and the
+// decode kernel show in the bits.
+struct Tuning {
+  int most_forward_tiles = 8;                  // 8, 4 or 1
+  int most_backward_tiles = 4;                 // 4 or 1
+  int64_t most_decode_tokens = kDecodeTokens;  // of a step that the decode kernel serves
+  int decode_turns = 4;                        // pieces per resident block before pieces grow
+  bool slabs = true;                           // of a tied table, where they fit
+};
+Tuning& tuning();
 
 // Tiles of 8 queries that one block attends at a time in dense chunks, as many as shared memory
 // holds the scores of; 1: the stream kernel serves the dense chunks too.

@@ -1,5 +1,6 @@
 #include <initializer_list>
 
+#include "attention/cuda/heuristics.hpp"
 #include "attention/cuda/kernels.hpp"
 #include "attention/cuda/layout.hpp"
 #include "attention/cuda/schedule.hpp"
@@ -74,7 +75,7 @@ void check_workspace(const Launch& launch, int64_t bytes) {
 }
 
 float* carve_scores(const SegmentedAttentionParams& params, Carver& carver) {
-  if (params.plan.num_tokens > kDecodeTokens) return nullptr;
+  if (params.plan.num_tokens > tuning().most_decode_tokens) return nullptr;
   return carver.take<float>(params.plan.num_tokens * score_stride(params.plan.max_rows));
 }
 

@@ -1,0 +1,187 @@
+"""What the kernels' choices of tiles, splits and paths are worth: each against its alternatives.
+
+How many tiles of queries a block attends at a time, in how many turns decode splits its work, up to
+how many tokens the decode kernel serves, whether rows of a tied table pass through shared memory:
+defaults that were estimated, and what else there is, timed in turn over the same steps, ids by
+Zipf's law. The ratio is to the default in the same turn, with its 95 % interval. On the CPU, which
+has no such choices, it runs the same calls: that says nothing about a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import l3ext
+from l3ext import _C
+from l3ext.bench import machine
+from l3ext.bench.timing import captured, clock_of, interleaved_seconds, paired_ratio, summarize
+from l3ext.bench.workload import Workload, from_zipf
+from l3ext.ops import table_attention, touched_rows
+
+DEFAULT = "default"
+#: Of each regime: other choices than the default, as arguments of _C.tune_cuda.
+CHOICES: dict[str, dict[str, dict[str, Any]]] = {
+    "forward": {
+        "dense by 4 tiles": {"most_forward_tiles": 4},
+        "all by 1 tile": {"most_forward_tiles": 1},
+    },
+    "backward": {"all by 1 tile": {"most_backward_tiles": 1}},
+    "decode": {
+        "1 turn": {"decode_turns": 1},
+        "2 turns": {"decode_turns": 2},
+        "8 turns": {"decode_turns": 8},
+        "16 turns": {"decode_turns": 16},
+        "forward kernel": {"most_decode_tokens": 0},
+    },
+    "tied forward": {"rows read twice": {"slabs": False}},
+}
+_STEPS = 4
+_GRAPH_CALLS = 16
+
+Call = Callable[[], object]
+
+
+class Bench:
+    """One table, and the calls over it."""
+
+    def __init__(self, options: argparse.Namespace, workload: Workload, *, tied: bool) -> None:
+        self.options, self.workload, self.tied = options, workload, tied
+        self.device = torch.device(options.device)
+        self.dtype = getattr(torch, options.dtype)
+        self.d_emb = options.d_in if tied else options.d_emb
+        width = options.d_in if tied else options.d_in + options.d_emb
+        self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
+        rows = workload.allocation.total_rows
+        self.table = torch.empty(rows, width, dtype=self.dtype, device=self.device)
+        for part in self.table.split(4096):
+            part.normal_(std=0.03)
+
+    def calls(self, regime: str, tokens: int) -> list[Call]:
+        """Of other ids each; all return the same tensors when they are called again."""
+        decode = regime == "decode"
+        calls = []
+        for ids in self.workload.steps(_GRAPH_CALLS if decode else _STEPS, tokens, self.device):
+            plan = l3ext.plan(ids, self.offsets, max_rows=self.workload.allocation.max_rows)
+            x = torch.randn(tokens, self.options.d_in, device=self.device).to(self.dtype)
+            if regime == "backward":
+                dy = torch.randn(tokens, self.d_emb, device=self.device).to(self.dtype)
+                touched = touched_rows(plan.segment_rows, plan.num_segments)
+                places = (touched.starts, touched.rows.shape[0])
+                arguments = (dy, x, self.table, self.options.d_in, self.tied, *plan._arrays(), 1.0)
+                operator = torch.ops.l3ext.table_attention_backward
+                calls.append(functools.partial(operator, *arguments, True, True, *places))
+            else:
+                calls.append(
+                    functools.partial(table_attention, x, self.table, plan, tied=self.tied)
+                )
+        return calls
+
+    def compare(self, regime: str, tokens: int) -> dict[str, Any]:
+        """A measurement: every choice of the regime at one size."""
+        calls = self.calls(regime, tokens)
+        choices = {DEFAULT: {}, **CHOICES[regime]}
+        expected = bits(calls[0]())
+        same, candidates = {}, {}
+        for name, choice in choices.items():
+            _C.tune_cuda(**choice)
+            same[name] = all(map(torch.equal, bits(calls[0]()), expected))
+            candidates[name] = self._candidate(regime, calls, choice)
+        seconds = interleaved_seconds(
+            candidates,
+            clock=clock_of(self.device),
+            runs=self.options.runs,
+            budget_seconds=self.options.budget,
+        )
+        _C.tune_cuda()
+        results = {}
+        for name, times in seconds.items():
+            shared = len(calls) if regime == "decode" else 1
+            results[name] = dataclasses.asdict(summarize(times).divided_by(shared))
+            results[name]["same_bits"] = same[name]
+            if name != DEFAULT:
+                ratio = paired_ratio(times, seconds[DEFAULT])
+                results[name]["ratio"] = dataclasses.asdict(ratio)
+        return {"regime": regime, "num_tokens": tokens, "results": results}
+
+    def _candidate(self, regime: str, calls: list[Call], choice: dict[str, Any]) -> Any:
+        if regime == "decode":  # a graph keeps the choice that it was captured with
+            graph = captured(lambda: [call() for call in calls], self.device)
+            return lambda _: graph
+
+        def prepared(run: int) -> Call:
+            _C.tune_cuda(**choice)
+            return calls[run % len(calls)]
+
+        return prepared
+
+
+def bits(outputs: Any) -> list[torch.Tensor]:
+    """Copies of what a call returned."""
+    return [t.clone() for t in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
+
+
+def table(measurements: list[dict[str, Any]]) -> str:
+    """For people."""
+    lines = [f"{'regime':<14}{'tokens':>7}  {'choice':<18}{'µs':>10}  x default (95 %)"]
+    for measurement in measurements:
+        for name, result in measurement["results"].items():
+            where = f"{measurement['regime']:<14}{measurement['num_tokens']:>7}"
+            line = f"{where}  {name:<18}{1e6 * result['median']:>10.1f}"
+            if name != DEFAULT:
+                ratio = result["ratio"]
+                line += f"  {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+                line += "" if result["same_bits"] else ", other bits"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--d-in", type=int, default=2048)
+    parser.add_argument("--d-emb", type=int, default=1024)
+    parser.add_argument("--vocab-size", type=int, default=180_000)
+    parser.add_argument("--total-rows", type=int, default=710_000)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 300, 512, 1024])
+    parser.add_argument("--runs", type=int, default=40, help="of each choice")
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds of one measurement")
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    workload = from_zipf(
+        num_tokens=max(4 * max(options.tokens), 1 << 16),
+        vocab_size=options.vocab_size,
+        total_rows=options.total_rows,
+    )
+    measurements = []
+    for tied in (False, True):
+        bench = Bench(options, workload, tied=tied)
+        for regime in CHOICES:
+            if regime.startswith("tied") != tied:
+                continue
+            for tokens in options.batch if regime == "decode" else options.tokens:
+                measurements.append(bench.compare(regime, tokens))
+        del bench
+    print(table(measurements))
+    if options.output is not None:
+        facts = {name: value for name, value in vars(options).items() if name != "output"}
+        result = {
+            "machine": machine.describe(torch.device(options.device)),
+            "options": facts,
+            "measurements": measurements,
+        }
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

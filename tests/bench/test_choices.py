@@ -1,0 +1,68 @@
+"""The benchmark of the kernels' choices, small and on the CPU, where all are the same."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from l3ext import _C
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "compare_choices.py"
+SMALL = (
+    "--device cpu --dtype float32 --d-in 32 --d-emb 16 --vocab-size 50 --total-rows 200 "
+    "--tokens 40 70 --batch 1 5 --runs 3 --budget 0.01"
+)
+
+
+@pytest.fixture
+def program():
+    spec = importlib.util.spec_from_file_location("compare_choices", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_choice_has_its_figures(program, monkeypatch, tmp_path, capsys):
+    tuned = []
+    monkeypatch.setattr(program._C, "tune_cuda", lambda **choice: tuned.append(choice))
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["", *SMALL.split(), "--output", str(path)])
+    program.main()
+    result = json.loads(path.read_text())
+    assert result["options"]["vocab_size"] == 50
+    assert "commit" in result["machine"]
+    measured = [(m["regime"], m["num_tokens"]) for m in result["measurements"]]
+    assert measured == [
+        *((regime, tokens) for regime in ("forward", "backward") for tokens in (40, 70)),
+        ("decode", 1), ("decode", 5), ("tied forward", 40), ("tied forward", 70),
+    ]  # fmt: skip
+    for measurement in result["measurements"]:
+        others = dict(measurement["results"])
+        assert "ratio" not in others.pop("default")
+        assert list(others) == list(program.CHOICES[measurement["regime"]])
+        for row in measurement["results"].values():
+            assert row["p10"] <= row["median"] <= row["p90"]
+            assert row["same_bits"]
+        for row in others.values():
+            assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+    every = [choice for choices in program.CHOICES.values() for choice in choices.values()]
+    assert all(choice in tuned for choice in every)
+    assert tuned[-1] == {}  # as it was
+    assert capsys.readouterr().out.count("tied forward") == 4
+
+
+def test_other_bits_are_said(program):
+    row = {"median": 1e-6, "ratio": {"median": 2.0, "low": 1.5, "high": 2.5}, "same_bits": False}
+    results = {"default": {"median": 5e-7, "same_bits": True}, "1 turn": row}
+    text = program.table([{"regime": "decode", "num_tokens": 7, "results": results}])
+    assert text.splitlines()[2].endswith("1.0  2.000 (1.500 to 2.500), other bits")
+    assert "other bits" not in text.splitlines()[1]
+
+
+def test_what_cannot_be_chosen_is_refused_by_name(program):
+    for choice in ({"decode_turns": 0}, {"most_decode_tokens": 1025}):
+        with pytest.raises(ValueError, match=f"{next(iter(choice))}: expected .*, got "):
+            _C.tune_cuda(**choice)
+    _C.tune_cuda()
