@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+_numbers = itertools.count()
 
 
 @contextlib.contextmanager
@@ -17,9 +20,14 @@ def atomic_path(path: str | bytes | os.PathLike[str]) -> Iterator[Path]:
     file as it was. The content is flushed to the device before the rename.
     """
     target = Path(os.fsdecode(path))
-    if not target.name:  # "", ".", "/"
+    if not target.name or target.is_dir():  # "", ".", "/"
         raise IsADirectoryError(errno.EISDIR, "expected a file's path", os.fspath(path))
-    temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}")
+    if target.exists() and not target.is_file():  # the rename would take /dev/null's place
+        raise OSError(
+            errno.EINVAL, "expected a regular file or none, got a special one", os.fspath(path)
+        )
+    # Of its own for each: several threads may write the same file at once.
+    temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}.{next(_numbers)}")
     try:
         yield temporary
         with open(temporary, "rb") as stream:

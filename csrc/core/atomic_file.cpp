@@ -1,8 +1,10 @@
 #include "core/atomic_file.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -13,8 +15,20 @@
 namespace l3ext {
 
 AtomicFile::AtomicFile(std::string path) : path_(std::move(path)) {
-  temporary_ = concat(path_, ".tmp.", ::getpid());
-  fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  L3EXT_CHECK(!path_.empty(), "path: expected the path of a file, got an empty one");
+  struct stat status;
+  if (::stat(path_.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
+    // The rename would put a file where /dev/null was.
+    throw Error::io(path_, S_ISDIR(status.st_mode) ? EISDIR : EINVAL,
+                    "expected a regular file or none, got a directory or a special file");
+  }
+  // Several threads may write the same file at once, and processes of the same id in containers
+  // that share a folder: each has a temporary file of its own.
+  static std::atomic<int64_t> number = 0;
+  do {
+    temporary_ = concat(path_, ".tmp.", ::getpid(), ".", number++);
+    fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  } while (fd_ < 0 && errno == EEXIST);
   if (fd_ < 0) {
     const int error = errno;
     throw Error::io(path_, error, concat("cannot create: ", std::strerror(error)));

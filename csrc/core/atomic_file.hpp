@@ -1,5 +1,6 @@
 // Writes a file so that a reader sees the old content or the new one, never a part: a temporary
 // file beside the target, fsync, rename. A failed write (disk full) leaves the old file as it was.
+// Of several at once for one path, the last to commit stays.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +11,9 @@ namespace l3ext {
 
 class AtomicFile {
  public:
-  explicit AtomicFile(std::string path);  // throws kIo with the path
-  ~AtomicFile();                          // without commit(): removes the temporary file
+  // Throws kIo with the path, also where it is that of a directory or a device; kValue: empty.
+  explicit AtomicFile(std::string path);
+  ~AtomicFile();  // without commit(): removes the temporary file
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
 

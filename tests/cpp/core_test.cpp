@@ -1,5 +1,8 @@
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -60,15 +63,49 @@ void atomic_file_names_the_path_it_cannot_write() {
   EXPECT(message.find("cannot create") != std::string::npos);
 }
 
+void atomic_files_of_one_path_do_not_meet() {
+  const std::string path = temporary_path("twice");
+  l3ext::AtomicFile first(path);
+  l3ext::AtomicFile second(path);
+  second.write("second", 6);
+  first.write("1st", 3);
+  first.commit();
+  std::string content;
+  std::ifstream(path) >> content;
+  EXPECT(content == "1st");
+  second.commit();
+  std::ifstream(path) >> content;
+  EXPECT(content == "second");
+  std::filesystem::remove(path);
+}
+
+void an_atomic_file_takes_no_device_s_place() {
+  const std::string path = temporary_path("pipe");
+  ::mkfifo(path.c_str(), 0666);
+  std::string message = EXPECT_THROWS(Error, l3ext::AtomicFile{path});
+  EXPECT(message.find("special file") != std::string::npos);
+  EXPECT(std::filesystem::is_fifo(path));
+  std::filesystem::remove(path);
+  message = EXPECT_THROWS(Error, l3ext::AtomicFile{std::filesystem::temp_directory_path()});
+  EXPECT(message.find("directory") != std::string::npos);
+  message = EXPECT_THROWS(Error, l3ext::AtomicFile(""));
+  EXPECT(message.find("path: ") != std::string::npos);
+}
+
+// Of files that may not grow the system says the like as of disks that are full.
 void a_full_disk_is_an_error_and_not_a_short_file() {
-  if (!std::filesystem::exists("/dev/full")) return;
-  const std::string link = temporary_path("full");
-  // AtomicFile opens "<path>.tmp.<pid>": point that name at the device that is always full.
-  const std::string target = l3ext::concat(link, ".tmp.", ::getpid());
-  std::filesystem::create_symlink("/dev/full", target);
-  l3ext::AtomicFile file(link);
-  const std::string message = EXPECT_THROWS(Error, file.write("x", 1));
-  EXPECT(message.find("the old file stays") != std::string::npos);
+  rlimit before;
+  ::getrlimit(RLIMIT_FSIZE, &before);
+  const rlimit none = {0, before.rlim_max};
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  ::setrlimit(RLIMIT_FSIZE, &none);
+  {
+    l3ext::AtomicFile file(temporary_path("full"));
+    const std::string message = EXPECT_THROWS(Error, file.write("x", 1));
+    EXPECT(message.find("the old file stays") != std::string::npos);
+  }
+  ::setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, handler);
 }
 
 void an_instruction_set_holds_all_before_it() {
@@ -97,6 +134,8 @@ int main() {
   RUN(crc32c_matches_the_published_check_value);
   RUN(atomic_file_keeps_the_old_content_until_commit);
   RUN(atomic_file_names_the_path_it_cannot_write);
+  RUN(atomic_files_of_one_path_do_not_meet);
+  RUN(an_atomic_file_takes_no_device_s_place);
   RUN(a_full_disk_is_an_error_and_not_a_short_file);
   RUN(an_instruction_set_holds_all_before_it);
   RUN(scratch_is_kept_until_it_must_grow);
