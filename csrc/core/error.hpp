@@ -2,6 +2,7 @@
 #pragma once
 
 #include <exception>
+#include <locale>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -18,10 +19,11 @@ enum class ErrorCode {
 };
 
 // Concatenates anything streamable: L3EXT_CHECK(v >= V, "total_rows: expected at least ", V, ", got
-// ", v).
+// ", v). Not by the program's locale, which may write 1.234 for 1234: files hold such texts.
 template <typename... Args>
 std::string concat(const Args&... args) {
   std::ostringstream stream;
+  stream.imbue(std::locale::classic());
   (stream << ... << args);
   return std::move(stream).str();
 }

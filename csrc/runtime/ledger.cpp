@@ -1,7 +1,6 @@
 #include "runtime/ledger.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <utility>
 
 #include "core/atomic_file.hpp"
@@ -12,6 +11,12 @@ namespace {
 
 // Trace lanes ("threads"): workers from 1000 on, then two lanes for each concurrent step.
 constexpr int kWorkerLane = 1000;
+
+// With three decimals, and in whole numbers: %f would follow the program's locale.
+std::string microseconds(int64_t ns) {
+  const std::string decimals = concat(1000 + ns % 1000);
+  return concat(ns / 1000, ".", decimals.substr(1));
+}
 
 class TraceWriter {
  public:
@@ -24,12 +29,9 @@ class TraceWriter {
   }
   void span(const char* name, int64_t step, int64_t layer, int lane, int64_t begin_ns,
             int64_t end_ns, int64_t bytes) {
-    char times[96];
-    std::snprintf(times, sizeof times, "\"ts\":%.3f,\"dur\":%.3f",
-                  static_cast<double>(begin_ns) * 1e-3,
-                  static_cast<double>(end_ns - begin_ns) * 1e-3);
     put(concat("{\"ph\":\"X\",\"pid\":1,\"tid\":", lane, ",\"cat\":\"", name, "\",\"name\":\"",
-               name, " layer ", layer, "\",", times, ",\"args\":{\"step\":", step,
+               name, " layer ", layer, "\",\"ts\":", microseconds(begin_ns),
+               ",\"dur\":", microseconds(end_ns - begin_ns), ",\"args\":{\"step\":", step,
                ",\"layer\":", layer, ",\"bytes\":", bytes, "}},\n"));
   }
   void commit() {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <fstream>
+#include <locale>
 #include <numeric>
 #include <thread>
 
@@ -329,6 +330,31 @@ void files_that_are_wrong() {
   std::remove(path.c_str());
 }
 
+// Such a program's numbers are no concern of files and texts.
+void a_program_of_another_locale() {
+  struct Dots : std::numpunct<char> {
+    char do_thousands_sep() const override { return '.'; }
+    std::string do_grouping() const override { return "\3"; }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new Dots));
+  const std::string path = temporary_path("capi_locale");
+  const Example large(3000, 8, 5);
+  l3ext_tables* tables = make_tables({large.data()});
+  EXPECT(l3ext_tables_save(tables, path.c_str()) == L3EXT_OK);
+  l3ext_tables_close(tables);
+  EXPECT(l3ext_tables_open(path.c_str(), 0, &tables) == L3EXT_OK);
+  l3ext_step* step = nullptr;
+  l3ext_runtime* runtime = serve(tables);
+  const int32_t id = 3000;
+  EXPECT_ERROR(L3EXT_ERROR_VALUE, "got 3000",
+               l3ext_step_begin(runtime, &id, L3EXT_INT32, 1, &step));
+  std::locale::global(before);
+  l3ext_runtime_close(runtime);
+  EXPECT(l3ext_tables_open(path.c_str(), 0, &tables) == L3EXT_OK);
+  l3ext_tables_close(tables);
+  std::remove(path.c_str());
+}
+
 void error_texts_belong_to_threads_and_are_cut() {
   l3ext_tables* tables = nullptr;
   l3ext_tables_open("/nowhere/here", 0, &tables);
@@ -471,6 +497,7 @@ int main() {
   RUN(values_out_of_range);
   RUN(structs_of_other_headers);
   RUN(files_that_are_wrong);
+  RUN(a_program_of_another_locale);
   RUN(error_texts_belong_to_threads_and_are_cut);
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
   RUN(memory_that_is_not_there);
