@@ -253,7 +253,7 @@ class PrefetchRuntime(ClosedByWith):
         io_engine: how the file is read: "auto" is "io_uring" where the kernel has it, else "pread"
             by threads.
         record_steps: how many steps the ledger keeps.
-        piece_bytes: what one worker reads at a time, a multiple of 4096.
+        piece_bytes: what one worker reads at a time, a multiple of 4096 up to 1 GiB.
         prefill_chunk: an offloaded model runs a prompt of more positions, over all sequences, in
             chunks of that many, and fetches the next chunk's rows meanwhile; what fills half of a
             ring is a good number. 0: prompts run whole, with the same bits as without offloading,

@@ -62,6 +62,11 @@ void add_table(Tables& tables, const l3ext_table_data& data, std::shared_ptr<Rel
   L3EXT_CHECK(data.tied == 0 || data.tied == 1, name, ".tied: expected 0 or 1, got ", data.tied);
   table.shape.tied = data.tied == 1;
   table.shape.check(name);
+  // More than any address space holds; the sizes that are computed from it are numbers of 64 bits.
+  constexpr int64_t kMostBytes = int64_t{1} << 57;
+  L3EXT_CHECK(data.num_rows <= kMostBytes / table.shape.row_bytes(), name,
+              ".num_rows: expected a table of at most ", kMostBytes, " bytes, got ", data.num_rows,
+              " rows of ", table.shape.row_bytes());
   table.owners = copy_owners(data, name);
   L3EXT_CHECK(data.rows != nullptr || data.num_rows == 0, name, ".rows: expected ", data.num_rows,
               " rows, got null");

@@ -31,8 +31,11 @@ Prefetcher::Prefetcher(std::vector<Table> tables, std::shared_ptr<Device> device
   L3EXT_CHECK(options.ring_bytes >= 0, "ring_bytes: expected at least 0, got ", options.ring_bytes);
   L3EXT_CHECK(options.num_workers >= 1 && options.num_workers <= 256,
               "num_workers: expected 1 to 256, got ", options.num_workers);
-  L3EXT_CHECK(options.piece_bytes >= 4096 && options.piece_bytes % 4096 == 0,
-              "piece_bytes: expected a multiple of 4096, got ", options.piece_bytes);
+  constexpr int64_t kMostPieceBytes = int64_t{1} << 30;
+  L3EXT_CHECK(options.piece_bytes >= 4096 && options.piece_bytes <= kMostPieceBytes &&
+                  options.piece_bytes % 4096 == 0,
+              "piece_bytes: expected a multiple of 4096 up to ", kMostPieceBytes, ", got ",
+              options.piece_bytes);
   L3EXT_CHECK(options.record_steps >= 0, "record_steps: expected at least 0, got ",
               options.record_steps);
 

@@ -161,6 +161,10 @@ void values_out_of_range() {
   wrong_table("offsets");
   data.rows = nullptr;
   wrong_table("rows");
+  std::vector<int64_t> far = kExample.offsets;  // its bytes are no number of 64 bits
+  data.num_rows = far.back() = int64_t{1} << 60;
+  data.offsets = far.data();
+  wrong_table("num_rows");
   EXPECT_ERROR(L3EXT_ERROR_VALUE, "count", l3ext_tables_create(&data, 0, &tables));
   EXPECT_ERROR(L3EXT_ERROR_VALUE, "count", l3ext_tables_create(&data, -1, &tables));
   EXPECT_ERROR(L3EXT_ERROR_VALUE, "direct_io", l3ext_tables_open("x", 7, &tables));
@@ -190,6 +194,7 @@ void values_out_of_range() {
   wrong_options("in_place", [](auto& o) { o.in_place = 3; }, value);
   wrong_options("queue_depth", [](auto& o) { o.queue_depth = 0; }, value);
   wrong_options("piece_bytes", [](auto& o) { o.piece_bytes = 5000; }, value);
+  wrong_options("piece_bytes", [](auto& o) { o.piece_bytes = int64_t{1} << 62; }, value);
   wrong_options("verify", [](auto& o) { o.verify = 2; }, value);
   wrong_options("poison", [](auto& o) { o.poison = -1; }, value);
 
