@@ -17,7 +17,7 @@ class LayerRecord:
 
     tokens: int  #: distinct tokens
     rows: int  #: that they own
-    bytes: int  #: fetched from the table
+    bytes: int  #: fetched from the table; of a step that ended early, what was begun
     hits: int  #: tokens found in the hot set
     hit_bytes: int  #: of their rows
     reused: int  #: tokens whose rows an earlier step had fetched, and the ring still held

@@ -64,6 +64,14 @@ std::vector<int> assign_lanes(std::vector<StepRecord>& steps) {
 
 }  // namespace
 
+void LayerRecord::time_fetch() {
+  for (const WorkerSpan& span : spans) {
+    const bool first = &span == &spans.front();
+    fetch_begin_ns = first ? span.begin_ns : std::min(fetch_begin_ns, span.begin_ns);
+    fetch_end_ns = std::max(fetch_end_ns, span.end_ns);
+  }
+}
+
 void Ledger::add(StepRecord record) {
   const auto held = lock();
   ++totals_.steps;
@@ -89,6 +97,7 @@ void Ledger::add(StepRecord record) {
     stalls_.insert(stalls_.end(), layer.stalls.begin(), layer.stalls.end());
   }
   steps_.pop_front();
+  if (settled_ > 0) --settled_;
 }
 
 void Ledger::settle() const {
@@ -97,13 +106,16 @@ void Ledger::settle() const {
     exposed_ns += ns.value_or(0);
     return ns.has_value();
   };
-  for (StepRecord& step : steps_) {
-    for (LayerRecord& layer : step.layers) {
+  for (size_t i = settled_; i < steps_.size(); ++i) {
+    bool all = i == settled_;  // what is settled once is not looked at in every step
+    for (LayerRecord& layer : steps_[i].layers) {
       const int64_t before = layer.exposed_ns;
       std::erase_if(layer.stalls,
                     [&](const auto& stall) { return settled(stall, layer.exposed_ns); });
       totals_.exposed_ns += layer.exposed_ns - before;
+      all = all && layer.stalls.empty();
     }
+    if (all) ++settled_;
   }
   std::erase_if(stalls_, [&](const auto& stall) { return settled(stall, totals_.exposed_ns); });
 }
@@ -116,6 +128,7 @@ std::unique_lock<std::mutex> Ledger::lock() const {
 void Ledger::clear() {
   const auto held = lock();
   steps_.clear();
+  settled_ = 0;
   stalls_.clear();
   totals_ = {};
 }

@@ -41,6 +41,8 @@ struct LayerRecord {
   int64_t exposed_ns = 0;  // spent blocked in wait(), by the host or by a stream
   std::vector<WorkerSpan> spans;
   std::vector<std::shared_ptr<Stall>> stalls;  // of streams, not yet part of exposed_ns
+
+  void time_fetch();  // by the spans
 };
 
 struct StepRecord {
@@ -98,6 +100,7 @@ class Ledger {
   const HomeProcess home_;
   mutable std::mutex mutex_;
   mutable std::deque<StepRecord> steps_;
+  mutable size_t settled_ = 0;  // so many of the first steps have no stalls any more
   mutable LedgerTotals totals_;
   mutable std::vector<std::shared_ptr<Stall>> stalls_;  // not yet part of the totals
 };

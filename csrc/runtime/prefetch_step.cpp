@@ -193,10 +193,10 @@ void Prefetcher::place_in_own_buffer(StepLayer& step, std::span<const int32_t> t
   Fetch& fetch = *step.fetch;
   const PrefetchLayer& layer = *fetch.layer;
   const RowOwners& owners = *layer.table.owners;
-  fetch.record.spilled = true;
   const int64_t bytes = fetch.record.rows * layer.row_bytes - fetch.record.near_bytes;
   fetch.record.bytes = bytes - fetch.record.hit_bytes;
   fetch.target = take_spare(static_cast<size_t>(bytes), fetch.after);
+  fetch.record.spilled = true;  // not before: where memory is lacking the target is the arena
   int64_t next_row = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     const int32_t token = tokens[i];
@@ -257,7 +257,13 @@ void Prefetcher::end_locked(StepState& step, const FencePtr& read) {
     layer.needs.clear();
   }
   if (!step.queued) return;
-  for (const StepLayer& layer : step.layers) step.record.layers.push_back(layer.fetch->record);
+  for (const StepLayer& layer : step.layers) {
+    LayerRecord& record = step.record.layers.emplace_back(layer.fetch->record);
+    for (WorkerSpan& span : record.spans) {  // of workers that are still at it, the step's part
+      if (span.end_ns == 0) span.end_ns = step.record.end_ns;
+    }
+    record.time_fetch();
+  }
   ledger_->add(std::move(step.record));
 }
 

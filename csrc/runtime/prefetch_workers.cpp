@@ -289,17 +289,15 @@ void Prefetcher::finished(Fetch& fetch, int worker, int64_t pieces, const FenceP
 
 // What nobody has begun to bring stays where it is, and no later step may count on it.
 void Prefetcher::cancel(Fetch& fetch) {
-  fetch.next = fetch.num_pieces();
+  for (; !fetch.exhausted(); ++fetch.next) {
+    const Piece& piece = fetch.pieces[fetch.next];
+    if (!piece.resident) fetch.record.bytes -= piece.bytes;
+  }
   for (RingBlock* block : fetch.brings) fetch.layer->ring->forget(*block);
 }
 
 void Prefetcher::complete(Fetch& fetch) {
-  LayerRecord& record = fetch.record;
-  for (const WorkerSpan& span : record.spans) {
-    const bool first = &span == &record.spans.front();
-    record.fetch_begin_ns = first ? span.begin_ns : std::min(record.fetch_begin_ns, span.begin_ns);
-    record.fetch_end_ns = std::max(record.fetch_end_ns, span.end_ns);
-  }
+  fetch.record.time_fetch();
   if (fetch.whole()) {
     try {
       check_parts(fetch);

@@ -259,6 +259,48 @@ void cancelled_rows_are_fetched_again() {
   EXPECT(steps.at(0).layers[0].cancelled && steps.at(1).layers[0].reused == 0);
 }
 
+// The ledger has the part that was fetched, and no time after the step's end.
+void a_cancelled_step_is_entered_with_what_it_cost() {
+  const Example example = make_example(10, 3, 8, 8, 21);
+  const auto source = std::make_shared<GatedTable>(example.rows.data());
+  const auto prefetcher = make_prefetcher({table_over(example, source)}, {.num_workers = 1});
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, std::vector<int32_t>{2, 4, 6});
+  source->await_reader();  // of the first token's rows
+  step.end();
+  source->open();
+  const StepRecord record = prefetcher->ledger()->steps().at(0);
+  const LayerRecord& layer = record.layers[0];
+  EXPECT(layer.cancelled && layer.bytes == example.owners->rows(2) * example.shape.row_bytes());
+  EXPECT(layer.spans.size() == 1 && layer.spans[0].end_ns == record.end_ns);
+  EXPECT(layer.fetch_begin_ns == layer.spans[0].begin_ns && layer.fetch_end_ns == record.end_ns);
+}
+
+class FullDevice final : public HostDevice {
+ public:
+  void* allocate(size_t bytes) override {
+    if (full) throw Error(ErrorCode::kRuntime, "no memory");
+    return HostDevice::allocate(bytes);
+  }
+  std::atomic<bool> full{false};
+};
+
+void a_step_that_finds_no_memory_leaves_the_others_alone() {
+  const Example example = make_example(4, 1, 8, 8, 22);
+  const auto device = std::make_shared<FullDevice>();
+  const int64_t row_bytes = example.shape.row_bytes();
+  const auto prefetcher = Prefetcher::create(
+      {ram_table(example)}, device,
+      {.cache_bytes = 2 * row_bytes, .ring_bytes = 0, .in_place = false, .poison = true});
+  const std::vector<int32_t> all = {0, 1, 2, 3};
+  device->full = true;
+  const std::string message = EXPECT_THROWS(Error, Prefetcher::begin(prefetcher, all));
+  EXPECT(message == "no memory");
+  device->full = false;
+  Prefetcher::Step step = Prefetcher::begin(prefetcher, all);
+  step.wait(0);
+  EXPECT(step.spilled(0) && holds_the_rows(step, 0, example));
+}
+
 void a_failed_fetch_fails_those_who_share_it_and_nobody_else() {
   const Example example = make_example(10, 3, 8, 8, 22);
   const auto source = std::make_shared<FailingTable>(example.rows.data());
@@ -430,6 +472,28 @@ void the_ledger_counts_exactly() {
   EXPECT(prefetcher->ledger()->steps().empty() && prefetcher->ledger()->totals().bytes == 0);
 }
 
+// However many steps it keeps.
+void a_full_ledger_costs_as_little() {
+  constexpr int kSteps = 20'000, kSample = 1000;
+  Ledger ledger(kSteps);
+  const auto least_ns = [&] {  // of some samples, as other programs run as well
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int i = 0; i < kSteps / kSample; ++i) {
+      const int64_t begin = ledger.now();
+      for (int step = 0; step < kSample; ++step) {
+        StepRecord record;
+        record.layers.resize(2);
+        ledger.add(std::move(record));
+      }
+      least = std::min(least, ledger.now() - begin);
+    }
+    return least;
+  };
+  const int64_t empty = least_ns(), full = least_ns();
+  EXPECT(full < 10 * empty);
+  EXPECT(ledger.steps().size() == kSteps && ledger.totals().steps == 2 * kSteps);
+}
+
 void exposed_time_is_the_part_of_the_fetch_that_was_waited_for() {
   constexpr int64_t kHold = 40'000'000;  // ns that a read takes
   const Example example = make_example(4, 1, 8, 8, 17);
@@ -469,6 +533,8 @@ int main() {
   RUN(rows_still_being_read_are_not_handed_out_again);
   RUN(rows_are_fetched_once_for_several_steps);
   RUN(cancelled_rows_are_fetched_again);
+  RUN(a_cancelled_step_is_entered_with_what_it_cost);
+  RUN(a_step_that_finds_no_memory_leaves_the_others_alone);
   RUN(a_failed_fetch_fails_those_who_share_it_and_nobody_else);
   RUN(a_table_in_ram_is_read_where_it_lies);
   RUN(buffers_of_steps_that_spilled_serve_again);
@@ -478,6 +544,7 @@ int main() {
   RUN(a_step_that_ended_says_so);
   RUN(a_wait_can_be_interrupted);
   RUN(the_ledger_counts_exactly);
+  RUN(a_full_ledger_costs_as_little);
   RUN(exposed_time_is_the_part_of_the_fetch_that_was_waited_for);
   return check::failures == 0 ? 0 : 1;
 }

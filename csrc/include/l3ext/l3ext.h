@@ -167,7 +167,7 @@ typedef struct l3ext_runtime_options {
                            fetched; else 0 */
   int64_t num_workers;  /* threads that start reads, check and copy */
   int64_t queue_depth;  /* reads of one of them on their way at once */
-  int64_t piece_bytes;  /* the most that one read brings, a multiple of 4096 */
+  int64_t piece_bytes;  /* the most that one read brings, a multiple of 4096 up to 2^30 */
   int64_t record_steps; /* that the trace keeps */
   int64_t verify;       /* 1: rows from a file are checked against their checksums; else 0 */
   int64_t poison;       /* 1: rows become NaN when their step ends: shows a use after it */
@@ -201,7 +201,7 @@ typedef struct l3ext_totals {
   int64_t steps;
   int64_t tokens;    /* distinct in their step */
   int64_t rows;      /* that these own */
-  int64_t bytes;     /* fetched from the tables */
+  int64_t bytes;     /* fetched from the tables; of a step that ended early, what was begun */
   int64_t hits;      /* tokens whose rows were in the cache */
   int64_t hit_bytes; /* of these rows */
   int64_t reused;    /* tokens whose rows the ring still held of an earlier step */
