@@ -180,7 +180,7 @@ class UringQueue final : public ReadQueue {
       if (error == 0 || error == EINTR) continue;
       if (pushed_ > 0 && error != EAGAIN && error != EBUSY) {  // a sandbox closed behind us
         --pushed_;
-        return {static_cast<int64_t>(ring_.withdraw().user_data), -error};
+        return read(ring_.withdraw());
       }
       // Short of memory; or what is on its way must be waited for without the kernel's help.
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -197,6 +197,13 @@ class UringQueue final : public ReadQueue {
     pushed_ -= static_cast<unsigned>(started);
     on_their_way_ += started;
     return 0;
+  }
+
+  // As the ring would have, by the thread that asks.
+  RawResult read(const io_uring_sqe& entry) const {
+    const ssize_t got = ::pread(fd_, std::bit_cast<void*>(uintptr_t{entry.addr}), entry.len,
+                                static_cast<off_t>(entry.off));
+    return {static_cast<int64_t>(entry.user_data), got < 0 ? -errno : got};
   }
 
   const int fd_;
