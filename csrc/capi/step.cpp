@@ -44,7 +44,9 @@ std::vector<int64_t> copy_ids(const void* ids, int64_t dtype, int64_t count) {
               " token ids, got ", count);
   L3EXT_CHECK(ids != nullptr || count == 0, "token_ids: expected ", count, " ids, got null");
   return dispatch_integer(dtype_from_c(dtype, "dtype"), "dtype", [&](auto tag) {
-    const auto* begin = static_cast<const typename decltype(tag)::type*>(ids);
+    using Id = typename decltype(tag)::type;
+    check_aligned(ids, sizeof(Id), "token_ids");
+    const auto* begin = static_cast<const Id*>(ids);
     return std::vector<int64_t>(begin, begin + count);
   });
 }
@@ -230,6 +232,8 @@ l3ext_status l3ext_step_attend(l3ext_step* step, int64_t layer, l3ext_dtype dtyp
     const int64_t count = params.plan.num_tokens;
     L3EXT_CHECK(x != nullptr || count == 0, "x: expected ", count, " rows, got null");
     L3EXT_CHECK(y != nullptr || count == 0, "y: expected room for ", count, " rows, got null");
+    check_aligned(x, dtype_bytes(params.dtype), "x");
+    check_aligned(y, dtype_bytes(params.dtype), "y");
     L3EXT_CHECK(num_threads >= 1, "num_threads: expected at least 1, got ", num_threads);
     params.x = {x, params.d_in};
     params.y = {y, params.d_emb};

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #include "core/error.hpp"
@@ -22,6 +25,12 @@ void clear_result(Handle** result, const char* argument) {
 inline const char* check_string(const char* text, const char* argument) {
   L3EXT_CHECK(text != nullptr, argument, ": expected a string, got null");
   return text;
+}
+
+// Elements of so many bytes are read there.
+inline void check_aligned(const void* data, size_t bytes, const std::string& argument) {
+  L3EXT_CHECK(std::bit_cast<uintptr_t>(data) % bytes == 0, argument,
+              ": expected an address that is a multiple of ", bytes, ", got ", data);
 }
 
 // Every field is eight bytes: there is no padding, and no size can end inside a field.

@@ -44,6 +44,8 @@ std::shared_ptr<const RowOwners> copy_owners(const l3ext_table_data& data,
               ".vocab_size: expected 1 to ", INT32_MAX, ", got ", data.vocab_size);
   L3EXT_CHECK(data.offsets != nullptr, name, ".offsets: expected ", data.vocab_size + 1,
               " entries, got null");
+  check_aligned(data.offsets, sizeof(int64_t), name + ".offsets");
+  check_aligned(data.frequency, sizeof(int64_t), name + ".frequency");
   auto owners = std::make_shared<RowOwners>();
   owners->offsets.assign(data.offsets, data.offsets + data.vocab_size + 1);
   if (data.frequency != nullptr) {
@@ -70,6 +72,10 @@ void add_table(Tables& tables, const l3ext_table_data& data, std::shared_ptr<Rel
   table.owners = copy_owners(data, name);
   L3EXT_CHECK(data.rows != nullptr || data.num_rows == 0, name, ".rows: expected ", data.num_rows,
               " rows, got null");
+  const DType scales = DType::kFloat32;  // of rows of 8 bits
+  check_aligned(data.rows,
+                dtype_bytes(is_quantized(table.shape.dtype) ? scales : table.shape.dtype),
+                name + ".rows");
   if (!tables.tables.empty()) {
     const std::shared_ptr<const RowOwners>& previous = tables.tables.back().owners;
     if (previous->offsets == table.owners->offsets &&

@@ -227,6 +227,37 @@ void values_out_of_range() {
   l3ext_runtime_close(runtime);
 }
 
+void addresses_between_elements() {
+  const auto beside = [](auto* address) {
+    return reinterpret_cast<decltype(address)>(reinterpret_cast<uintptr_t>(address) + 1);
+  };
+  const l3ext_status value = L3EXT_ERROR_VALUE;
+  l3ext_tables* tables = nullptr;
+  l3ext_table_data data = kExample.data();
+  data.rows = beside(kExample.rows.data());
+  EXPECT_ERROR(value, "layers[0].rows", l3ext_tables_create(&data, 1, &tables));
+  data.dtype = L3EXT_INT8;
+  EXPECT_ERROR(value, "multiple of 4", l3ext_tables_create(&data, 1, &tables));
+  data = kExample.data();
+  data.offsets = beside(kExample.offsets.data());
+  EXPECT_ERROR(value, "layers[0].offsets", l3ext_tables_create(&data, 1, &tables));
+  data = kExample.data();
+  data.frequency = beside(kExample.frequency.data());
+  EXPECT_ERROR(value, "layers[0].frequency", l3ext_tables_create(&data, 1, &tables));
+
+  l3ext_runtime* runtime = example_runtime();
+  l3ext_step* step = nullptr;
+  const int32_t ids[] = {1, 2};
+  EXPECT_ERROR(value, "token_ids", l3ext_step_begin(runtime, beside(ids), L3EXT_INT32, 1, &step));
+  step = begin(runtime, {3});
+  l3ext_step_wait(step, 0, nullptr);
+  float x[9] = {}, y[9];
+  EXPECT_ERROR(value, "x:", l3ext_step_attend(step, 0, L3EXT_FLOAT32, beside(x), y, 1.0, 1));
+  EXPECT_ERROR(value, "y:", l3ext_step_attend(step, 0, L3EXT_FLOAT32, x, beside(y), 1.0, 1));
+  l3ext_step_end(step, nullptr);
+  l3ext_runtime_close(runtime);
+}
+
 void structs_of_other_headers() {
   // An older caller: the last fields are missing.
   struct OldOptions {
@@ -500,6 +531,7 @@ int main() {
   RUN(a_closed_handle_is_known);
   RUN(a_handle_of_another_kind_is_known);
   RUN(values_out_of_range);
+  RUN(addresses_between_elements);
   RUN(structs_of_other_headers);
   RUN(files_that_are_wrong);
   RUN(a_program_of_another_locale);

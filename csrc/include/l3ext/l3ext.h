@@ -30,6 +30,9 @@
  * Threads. Every function may be called from any thread at any time, also for one object at once:
  * what a call uses lives until it returns. Signals are left to the program's own threads.
  *
+ * Addresses of elements, of what comes in and of `y`, are multiples of the element's size; those of
+ * `rows` of INT8 and FLOAT8_E4M3FN of 4 bytes, for their scales. Others give L3EXT_ERROR_VALUE.
+ *
  * Structs begin with their size, which the caller sets (the options: their init function). The
  * library takes and gives structs of callers compiled with an older or a newer header. An older one
  * lacks the last fields: options have their defaults there. Those of a newer one that this library
