@@ -31,7 +31,7 @@ from l3ext._runtimes import (
 )
 from l3ext.ledger import Ledger
 from l3ext.near_data import ALWAYS, NEVER, HostTable, NearDataCosts, NearPositions, costs_of
-from l3ext.ops import segmented_attention
+from l3ext.ops import segmented_attention, touched_rows
 from l3ext.plans import Plan, as_ids, as_offsets, make_plan
 from l3ext.quantization import QuantizedTable
 from l3ext.tables import LookupTable
@@ -82,9 +82,14 @@ class Rows:
     value_scales: Tensor | None = None
     #: those that attend on the host, beside the table
     near: NearPositions | None = dataclasses.field(default=None, kw_only=True)
+    #: they are read where the table lies: no step's end takes them away
+    in_place: bool = dataclasses.field(default=False, kw_only=True)
 
     def attend(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """:func:`l3ext.segmented_attention` of all positions, wherever their rows are.
+
+        Where a gradient will be asked for, it is given also after the step's end: rows that are not
+        in place are copied then.
 
         Args:
             x: [N, d_in], on the device of the rows; takes their dtype, unless they are quantised.
@@ -94,8 +99,11 @@ class Rows:
             [N, d_emb], dtype of the rows, or of ``x`` if they are quantised.
         """
         scale = number(scale, "scale")
+        rows = self
         if self.key_scales is None and isinstance(x, Tensor):
             x = x.to(self.keys.dtype)
+            if x.requires_grad and torch.is_grad_enabled() and not self.in_place:
+                rows = self._kept()
         # Before the device has more to do: the host then attends beside it.
         queries = None if self.near is None else self.near.queries(x)
         if self.near is not None and self.near.are_all:
@@ -103,9 +111,9 @@ class Rows:
         else:
             y = segmented_attention(
                 x,
-                self.keys,
-                self.values,
-                self.plan,
+                rows.keys,
+                rows.values,
+                rows.plan,
                 scale,
                 key_scales=self.key_scales,
                 value_scales=self.value_scales,
@@ -113,6 +121,15 @@ class Rows:
         if self.near is None or queries is None:
             return y
         return self.near.attend(queries, scale, y)
+
+    def _kept(self) -> Rows:
+        """The same rows in memory of their own."""
+        own = touched_rows(self.plan.segment_rows, self.plan.num_segments)
+        ends = own.starts + torch.diff(self.plan.segment_rows, dim=1).flatten()
+        keys = self.keys[own.rows]
+        values = keys if self.values is self.keys else self.values[own.rows]
+        plan = self.plan.with_rows(torch.stack([own.starts, ends], dim=1))
+        return dataclasses.replace(self, keys=keys, values=values, plan=plan)
 
 
 class Step(EndedByWith):
@@ -142,6 +159,7 @@ class Step(EndedByWith):
             plan = plan.pin_memory().to(self._device, non_blocking=True)
         self._plan = plan
         self._layers = runtime._layers
+        self._in_place = runtime.placement.in_place
 
     def _near_positions(self, layer: int, table: HostTable, plan: Plan) -> NearPositions | None:
         segments = self._native.near_segments(layer)
@@ -172,7 +190,8 @@ class Step(EndedByWith):
         if not on_host:
             segment_rows = segment_rows.to(self._device, non_blocking=True)
         near = self._near[layer] if self._near else None
-        return Rows(keys, values, self._plan.with_rows(segment_rows), *scales, near=near)
+        plan = self._plan.with_rows(segment_rows)
+        return Rows(keys, values, plan, *scales, near=near, in_place=self._in_place)
 
     def end(self) -> None:
         """Give the rows' memory back; fetches still on their way are cancelled. Idempotent.

@@ -180,6 +180,37 @@ def test_an_exception_in_the_block_ends_the_step():
             step.wait(0)
 
 
+@pytest.mark.parametrize(
+    ("tied", "options"),
+    [
+        (False, {}),
+        (True, {"cache_bytes": 4000}),
+        (False, {"ring_bytes": 0}),
+        (False, {"near": True}),
+    ],
+    ids=str,
+)
+def test_gradients_after_the_end(tied, options):
+    """As of a model, whose steps end with its forward pass: rows may be others' by then."""
+    table = make_table(30, d_in=13 if tied else 24, tied=tied)
+    ids = torch.tensor([3, 7, 3, 29, 0])
+    x = torch.randn(5, table.d_in, requires_grad=True)
+    upstream = torch.randn(5, 13)
+    keys, values = table.data[:, : table.d_in], table.data[:, 0 if tied else table.d_in :]
+    plan = l3ext.plan(ids, torch.from_numpy(table.allocation.offsets))
+    y = l3ext.segmented_attention(x, keys, values, plan)
+    (want,) = torch.autograd.grad(y, x, upstream)
+    options = dict(options)
+    near = options.pop("near", False)
+    with PrefetchRuntime(
+        [table], in_place=False, near_data=near, poison=True, **options
+    ) as runtime:
+        with runtime.begin(ids) as step:
+            y = step.wait(0).attend(x)
+        (got,) = torch.autograd.grad(y, x, upstream)
+    assert torch.equal(got, want)
+
+
 def test_several_threads():
     tables = [make_table(VOCAB, seed=1), make_table(VOCAB, seed=2)]
     wrong = []
