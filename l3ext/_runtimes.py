@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ class _LeftByWith:
         trace: TracebackType | None,
     ) -> None:
         self._leave()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: it has threads and memory of this process, and is neither "
+            "copied nor pickled; of a model, set l3_runtime to None before"
+        )
 
 
 class ClosedByWith(_LeftByWith):

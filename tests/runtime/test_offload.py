@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -129,6 +131,19 @@ def test_offloading_twice():
     with pytest.raises(RuntimeError, match="offloaded already"):
         l3ext.offload(model, "ram")
     assert model.model.l3_runtime is runtime
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_copies_and_pickles_say_what_is_in_the_way(graphs):
+    model = make_model()
+    with l3ext.offload(model, "ram", graphs=graphs) as runtime:
+        for copied in (model, runtime, runtime.begin(torch.tensor([1]))):
+            for way in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(TypeError, match="neither copied nor pickled"):
+                    way(copied)
+        model.model.l3_runtime = None
+        assert copy.deepcopy(model).model.l3_runtime is None
+        pickle.dumps(model)
 
 
 def test_a_model_without_lookup_layers():
