@@ -64,8 +64,9 @@ enum {
   L3EXT_ERROR_VALUE = 1,   /* an argument's value, shape or size */
   L3EXT_ERROR_TYPE = 2,    /* an element type or device that the call does not take */
   L3EXT_ERROR_IO = 3,      /* a file; the text has its path */
-  L3EXT_ERROR_RUNTIME = 4, /* the machine, a closed runtime, an ended step */
-  L3EXT_ERROR_MEMORY = 5,  /* out of memory */
+  L3EXT_ERROR_RUNTIME = 4, /* the machine, which refuses threads or memory for rows; a closed
+                              runtime, an ended step */
+  L3EXT_ERROR_MEMORY = 5,  /* out of memory, other than for rows */
   L3EXT_ERROR_HANDLE = 6   /* a handle that is null, closed, or from before fork() */
 };
 
@@ -271,15 +272,16 @@ L3EXT_API l3ext_status l3ext_step_tensor(l3ext_step* step, int64_t layer, int32_
 
 /* Attention on the CPU, each position over the rows of its token:
  *   y[i] = softmax(scale * keys(token_ids[i]) x[i]) values(token_ids[i])
- * x [count, d_in] and y [count, d_emb] without gaps, in the order of the step's ids, of the table's
- * dtype; of a table of 8 bits, `dtype` is FLOAT32, BFLOAT16 or FLOAT16. The same bits for any
- * num_threads, which are OpenMP's. After l3ext_step_wait() of that layer. */
+ * x [count, d_in] and y [count, d_emb] without gaps, apart from each other, in the order of the
+ * step's ids, of the table's dtype; of a table of 8 bits, `dtype` is FLOAT32, BFLOAT16 or FLOAT16.
+ * The same bits for any num_threads, which are OpenMP's: where the system refuses it one, GCC's ends
+ * the process, unless num_threads is 1. After l3ext_step_wait() of that layer. */
 L3EXT_API l3ext_status l3ext_step_attend(l3ext_step* step, int64_t layer, l3ext_dtype dtype,
                                          const void* x, void* y, double scale, int32_t num_threads);
 
 /* Gives the rows back, and closes the handle: nobody may read them from here on. On a GPU, what the
  * stream was given before may still read them. A call that waits for the step in another thread
- * returns L3EXT_ERROR_RUNTIME. */
+ * returns L3EXT_ERROR_RUNTIME. With L3EXT_ERROR_MEMORY it has ended, and the totals lack it. */
 L3EXT_API l3ext_status l3ext_step_end(l3ext_step* step, void* stream);
 
 #ifdef __cplusplus
