@@ -24,6 +24,7 @@ template <typename... Args>
 std::string concat(const Args&... args) {
   std::ostringstream stream;
   stream.imbue(std::locale::classic());
+  stream.exceptions(std::ios::badbit);  // without memory, nothing instead of half a path
   (stream << ... << args);
   return std::move(stream).str();
 }

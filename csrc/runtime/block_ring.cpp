@@ -1,6 +1,7 @@
 #include "runtime/block_ring.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 namespace l3ext {
@@ -44,9 +45,11 @@ RingBlock* BlockRing::allocate(int64_t token, int64_t rows, std::vector<FencePtr
       ++last;
     }
   }
+  // What needs memory comes first: where it is lacking, nothing has changed.
+  std::list<RingBlock> fresh(1);
+  for (Position block = first; block != last; ++block) add(fences, *block);
   at_ = begin + rows;
   for (Position block = first; block != last; block = blocks_.erase(block)) {
-    add(fences, *block);
     forget(*block);
     const int64_t end = block->begin + block->rows;
     if (end > at_) {  // who comes to the rest of it has to wait as well
@@ -57,7 +60,8 @@ RingBlock* BlockRing::allocate(int64_t token, int64_t rows, std::vector<FencePtr
     }
   }
   next_ = last;  // the first that ends after at_
-  RingBlock& block = *blocks_.emplace(last);
+  blocks_.splice(last, fresh);
+  RingBlock& block = *std::prev(last);
   block.token = token;
   block.begin = begin;
   block.rows = rows;

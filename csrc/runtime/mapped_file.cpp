@@ -116,7 +116,7 @@ bool MappedFile::copy() {
     for (int64_t done = 0; done < size; done += kChunk) {
       file_->read(done, std::min(kChunk, size - done), copy + done);
     }
-  } catch (const Error&) {
+  } catch (...) {  // also where memory is lacking: this is our own thread
     ::munmap(copy, bytes_);
     return false;
   }

@@ -121,6 +121,8 @@ bool Prefetcher::place_in_ring(StepLayer& step, std::span<const int32_t> tokens)
   PrefetchLayer& layer = *fetch.layer;
   const RowOwners& owners = *layer.table.owners;
   // What is there is pinned before anything is allocated, which may evict.
+  step.holds.reserve(tokens.size());
+  size_t missing = 0, fences = 0;
   int64_t missing_rows = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     const int32_t token = tokens[i];
@@ -128,11 +130,18 @@ bool Prefetcher::place_in_ring(StepLayer& step, std::span<const int32_t> tokens)
     if (RingBlock* block = layer.ring->find(token)) {
       ++block->pins;
       step.holds.push_back(block);
+      fences += block->landed.size();
     } else {
+      ++missing;
       missing_rows += owners.rows(token);
     }
   }
+  // Where memory is lacking, every block that was taken is known to whoever gives it back.
   const size_t found = step.holds.size();
+  step.needs.reserve(found);
+  step.landed.reserve(fences);
+  fetch.brings.reserve(missing);
+  fetch.blocks.reserve(missing);
   bool room = missing_rows <= layer.ring->rows();
   for (size_t i = 0; i < tokens.size() && room; ++i) {
     const int32_t token = tokens[i];
@@ -147,7 +156,11 @@ bool Prefetcher::place_in_ring(StepLayer& step, std::span<const int32_t> tokens)
       block = layer.ring->allocate(token, rows, fetch.after);
       room = block != nullptr;
       if (!room) break;
+      ++block->pins;  // the fetch's own
+      block->fetch = step.fetch;
       step.holds.push_back(block);
+      fetch.brings.push_back(block);
+      fetch.record.bytes += rows * layer.row_bytes;
       const int64_t target = layer.hot.rows + block->begin;
       fetch.blocks.push_back({token, owners.offsets[token] * layer.row_bytes,
                               target * layer.row_bytes, rows * layer.row_bytes, false});
@@ -155,35 +168,29 @@ bool Prefetcher::place_in_ring(StepLayer& step, std::span<const int32_t> tokens)
     step.first_row.push_back(layer.hot.rows + block->begin);
   }
   if (!room) {
-    for (size_t i = 0; i < step.holds.size(); ++i) {
-      if (i >= found) {  // its place has the fences of those that had to go
-        for (const FencePtr& fence : fetch.after) step.holds[i]->add_fence(fence);
-        layer.ring->forget(*step.holds[i]);
-      }
-      --step.holds[i]->pins;
+    for (RingBlock* block : fetch.brings) {  // its place has the fences of those that had to go
+      for (const FencePtr& fence : fetch.after) block->add_fence(fence);
+      layer.ring->forget(*block);
+      block->fetch = nullptr;
+      --block->pins;
     }
+    for (RingBlock* block : step.holds) --block->pins;
     step.holds.clear();
     step.first_row.clear();
+    fetch.brings.clear();
     fetch.blocks.clear();
     fetch.after.clear();
+    fetch.record.bytes = 0;
     return false;
   }
-  for (size_t i = 0; i < step.holds.size(); ++i) {
-    RingBlock& block = *step.holds[i];
-    if (i >= found) {
-      ++block.pins;  // the fetch's own
-      block.fetch = step.fetch;
-      fetch.brings.push_back(&block);
-      fetch.record.bytes += block.rows * layer.row_bytes;
-      continue;
-    }
+  for (const RingBlock* block : std::span(step.holds).first(found)) {
     ++fetch.record.reused;
-    fetch.record.reused_bytes += block.rows * layer.row_bytes;
-    if (block.fetch == nullptr) {
-      step.landed.insert(step.landed.end(), block.landed.begin(), block.landed.end());
-    } else if (std::ranges::find(step.needs, block.fetch) == step.needs.end()) {
-      ++block.fetch->users;
-      step.needs.push_back(block.fetch);
+    fetch.record.reused_bytes += block->rows * layer.row_bytes;
+    if (block->fetch == nullptr) {
+      step.landed.insert(step.landed.end(), block->landed.begin(), block->landed.end());
+    } else if (std::ranges::find(step.needs, block->fetch) == step.needs.end()) {
+      ++block->fetch->users;
+      step.needs.push_back(block->fetch);
     }
   }
   return true;
@@ -195,8 +202,10 @@ void Prefetcher::place_in_own_buffer(StepLayer& step, std::span<const int32_t> t
   const RowOwners& owners = *layer.table.owners;
   const int64_t bytes = fetch.record.rows * layer.row_bytes - fetch.record.near_bytes;
   fetch.record.bytes = bytes - fetch.record.hit_bytes;
+  spares_.reserve(spares_.size() + lent_ + 1);  // it comes back, also when memory is lacking then
   fetch.target = take_spare(static_cast<size_t>(bytes), fetch.after);
   fetch.record.spilled = true;  // not before: where memory is lacking the target is the arena
+  ++lent_;
   int64_t next_row = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     const int32_t token = tokens[i];
@@ -296,6 +305,7 @@ void Prefetcher::unpin(PrefetchLayer& layer, RingBlock& block) {
 void Prefetcher::retire(Fetch& fetch) {
   const std::shared_ptr<DeviceBuffer> buffer = std::exchange(fetch.target, nullptr);
   if (!fetch.record.spilled || !buffer) return;
+  --lent_;
   Spare spare{buffer, fetch.copies};  // null fences have passed, and are left out
   if (fetch.read) spare.fences.push_back(fetch.read);
   if (!fetch.whole()) {

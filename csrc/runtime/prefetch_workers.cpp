@@ -74,6 +74,7 @@ Prefetcher::Worker::Worker(std::shared_ptr<Device> on,
                            std::span<const std::unique_ptr<PrefetchLayer>> layers, int depth,
                            int64_t piece_bytes)
     : device(std::move(on)), queue(device->make_queue()), on_their_way(layers.size()) {
+  copies.reserve(queue->batch());
   int deepest = 0;
   for (const auto& layer : layers) {
     TableSource& source = *layer->table.source;
@@ -81,10 +82,11 @@ Prefetcher::Worker::Worker(std::shared_ptr<Device> on,
     if (readers.back()) deepest = std::max(deepest, readers.back()->depth());
   }
   if (deepest == 0) return;
+  slots.resize(static_cast<size_t>(deepest));
+  for (std::vector<size_t>* list : {&reading, &free, &taken}) list->reserve(slots.size());
   const auto slot_bytes = static_cast<size_t>(piece_bytes + TableSource::kScratchMargin);
   staging_bytes = static_cast<size_t>(deepest) * slot_bytes;
   staging = static_cast<std::byte*>(device->allocate_staging(staging_bytes));
-  slots.resize(static_cast<size_t>(deepest));
   for (size_t i = 0; i < slots.size(); ++i) {
     slots[i].scratch = staging + i * slot_bytes;
     free.push_back(i);
@@ -161,8 +163,9 @@ std::shared_ptr<Fetch> Prefetcher::next_fetch() {
 
 // Starts as many reads as may be on their way.
 void Prefetcher::take_reads(int index, Worker& worker, std::unique_lock<std::mutex>& lock) {
-  std::vector<size_t> taken;
+  std::vector<size_t>& taken = worker.taken;
   std::vector<FencePtr> after;
+  taken.clear();
   while (!worker.free.empty()) {
     const std::shared_ptr<Fetch> fetch = next_fetch();
     if (!fetch || memory_of(*fetch, fetch->pieces[fetch->next]) != nullptr) break;
@@ -174,11 +177,10 @@ void Prefetcher::take_reads(int index, Worker& worker, std::unique_lock<std::mut
     slot.piece = fetch->next;
     started(*fetch, index, after);
     taken.push_back(worker.free.front());
-    worker.free.pop_front();
+    worker.free.erase(worker.free.begin());
   }
   if (taken.empty()) return;
   lock.unlock();
-  std::vector<std::pair<size_t, std::exception_ptr>> failed;
   for (const size_t i : taken) {
     Worker::Slot& slot = worker.slots[i];
     try {
@@ -190,11 +192,13 @@ void Prefetcher::take_reads(int index, Worker& worker, std::unique_lock<std::mut
           {piece.source, piece.bytes, slot.scratch, static_cast<int64_t>(i)});
       worker.reading.push_back(i);
     } catch (...) {
-      failed.emplace_back(i, std::current_exception());
+      slot.error = std::current_exception();
     }
   }
   lock.lock();
-  for (const auto& [i, error] : failed) {
+  for (const size_t i : taken) {
+    const std::exception_ptr error = std::exchange(worker.slots[i].error, nullptr);
+    if (!error) continue;
     const std::shared_ptr<Fetch> fetch = std::exchange(worker.slots[i].fetch, nullptr);
     --worker.on_their_way[fetch->layer->index];
     worker.free.push_back(i);
@@ -207,8 +211,9 @@ bool Prefetcher::take_copies(int index, Worker& worker, std::unique_lock<std::mu
   const std::shared_ptr<Fetch> fetch = next_fetch();
   if (!fetch) return false;
   const int64_t first = fetch->next;
-  std::vector<Copy> copies;
+  std::vector<Copy>& copies = worker.copies;
   std::vector<FencePtr> after;
+  copies.clear();
   while (!fetch->exhausted() && copies.size() < worker.queue->batch()) {
     const Piece& piece = fetch->pieces[fetch->next];
     const std::byte* rows = memory_of(*fetch, piece);

@@ -162,6 +162,7 @@ class Prefetcher {
   std::deque<std::shared_ptr<Fetch>> queue_;
   std::unordered_set<StepState*> open_steps_;
   std::vector<Spare> spares_;
+  size_t lent_ = 0;  // buffers of their own that fetches have
   std::optional<NearDataCosts> near_data_;
   std::unique_ptr<CopyQueue> fills_;  // of what is poisoned
   int64_t next_step_ = 0;

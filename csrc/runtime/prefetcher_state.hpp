@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <exception>
 #include <memory>
 #include <span>
@@ -77,6 +76,7 @@ struct Prefetcher::Worker {
     FencePtr copied;  // null, or passes when the scratch is free again
     std::shared_ptr<Fetch> fetch;
     int64_t piece = 0;
+    std::exception_ptr error;  // of a read that could not be started
   };
 
   // Throws kRuntime.
@@ -93,8 +93,11 @@ struct Prefetcher::Worker {
   std::byte* staging = nullptr;
   size_t staging_bytes = 0;
   std::vector<Slot> slots;
-  std::deque<size_t> reading;  // slots, oldest read first
-  std::deque<size_t> free;     // slots, longest free first
+  // All of a capacity that suffices: a worker must not fail for want of memory.
+  std::vector<size_t> reading;  // slots, oldest read first
+  std::vector<size_t> free;     // slots, longest free first
+  std::vector<size_t> taken;    // slots whose reads are being started
+  std::vector<Copy> copies;     // being issued
 };
 
 struct StepState {

@@ -274,7 +274,7 @@ L3EXT_API l3ext_status l3ext_step_tensor(l3ext_step* step, int64_t layer, int32_
  *   y[i] = softmax(scale * keys(token_ids[i]) x[i]) values(token_ids[i])
  * x [count, d_in] and y [count, d_emb] without gaps, apart from each other, in the order of the
  * step's ids, of the table's dtype; of a table of 8 bits, `dtype` is FLOAT32, BFLOAT16 or FLOAT16.
- * The same bits for any num_threads, which are OpenMP's: where the system refuses it one, GCC's ends
+ * The same bits for any num_threads, which are OpenMP's: where the system refuses one, GCC's ends
  * the process, unless num_threads is 1. After l3ext_step_wait() of that layer. */
 L3EXT_API l3ext_status l3ext_step_attend(l3ext_step* step, int64_t layer, l3ext_dtype dtype,
                                          const void* x, void* y, double scale, int32_t num_threads);
