@@ -74,7 +74,10 @@ def test_what_is_no_device_no_layer_and_no_scale(runtime):
         ({"num_workers": 0}, "num_workers: expected 1 to 256, got 0"),
         ({"queue_depth": 0}, "queue_depth: expected 1 to 1024, got 0"),
         ({"io_engine": "aio"}, "io_engine: expected"),
-        ({"piece_bytes": 5000}, "piece_bytes: expected a multiple of 4096, got 5000"),
+        (
+            {"piece_bytes": 5000},
+            "piece_bytes: expected a multiple of 4096 up to 1073741824, got 5000",
+        ),
         ({"record_steps": -1}, "record_steps: expected at least 0, got -1"),
         ({"io_engine": None}, "io_engine: expected .* got None"),
         ({"io_engine": ["pread"]}, "io_engine: expected"),
