@@ -74,7 +74,7 @@ def run(
         peer, ``difference``: the largest from ours over the largest value) and ``failures`` (name
         to reason of the peers that did not run).
     """
-    bench = _Bench(workload, options)
+    bench = Bench(workload, options)
     measurements: list[dict[str, Any]] = []
     result = {
         "machine": machine.describe(options.device),
@@ -100,7 +100,7 @@ def run(
     return result
 
 
-class _Bench:
+class Bench:
     """One table on one device, and what is measured with it."""
 
     def __init__(self, workload: Workload, options: Options) -> None:
@@ -120,6 +120,25 @@ class _Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the next regime's buffers have other sizes
         return measured
+
+    def own_call(self, regime: str, size: int) -> timing.Candidate:
+        """Our own call of a regime by itself: of backward packed rows, of decode with its plan."""
+        steps = self.workload.steps(_STEPS, size, self.device)
+        d_in, d_emb, _ = self._sizes()
+        x = self._draw(size, d_in)
+        calls: list[Callable[[], object]]
+        if regime == "forward":
+            calls = [functools.partial(self._ours(step), x, self.table) for step in steps]
+        elif regime == "backward":
+            dy = self._draw(size, d_emb)
+            calls = [
+                functools.partial(self._packed_backward(step), dy, x, self.table) for step in steps
+            ]
+        elif regime == "decode":
+            calls = [functools.partial(self._plan_and_attend, step, x) for step in steps]
+        else:
+            calls = [functools.partial(self._plan_of, step) for step in steps]
+        return lambda run: calls[run % _STEPS]
 
     # --- regimes ----------------------------------------------------------------------------------
     def _forward(self, steps: list[Tensor]) -> dict[str, Any]:
@@ -208,7 +227,7 @@ class _Bench:
 
         def plan_and_attend_all() -> None:
             for step, x_i in zip(steps, x, strict=True):
-                self._ours(step)(x_i, self.table)
+                self._plan_and_attend(step, x_i)
 
         attend_graph = timing.captured(attend_all, self.device)
         whole_graph = timing.captured(plan_and_attend_all, self.device)
@@ -273,6 +292,9 @@ class _Bench:
             return table_attention(x, table, plan, tied=tied, sparse=sparse)
 
         return attend
+
+    def _plan_and_attend(self, step: Tensor, x: Tensor) -> Tensor:
+        return self._ours(step)(x, self.table)
 
     def _packed_backward(self, step: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
         plan = self._plan_of(step)
