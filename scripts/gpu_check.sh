@@ -20,6 +20,7 @@ build      180  compile the library, its tests and the Python module for this GP
 device      30  C++: every kernel on the device against the CPU's; the runtime's device
 tests      150  pytest tests/gpu
 bench      100  forward, backward, decode and plan against the floor, Zipf's law
+profile     40  where the time of these goes, kernel by kernel
 tied        35  forward and decode of a tied table
 graph       60  a decode step in one graph, its table on the device and in host memory
 sanitize    90  compute-sanitizer: memcheck, racecheck, initcheck, synccheck
@@ -56,6 +57,10 @@ device() {
 tests() { "$python" -m pytest tests/gpu; }
 
 bench() { run_bench bench --peer none --budget 8; }
+
+profile() {
+  "$python" benchmarks/profile_attention.py --device cuda --output "$out/attention-profile.json"
+}
 
 tied() { run_bench tied --tied --regime forward --regime decode --budget 3; }
 

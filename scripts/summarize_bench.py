@@ -1,4 +1,4 @@
-"""One line for every figure in the result files of ``l3ext bench attention``.
+"""One line for every figure of ``l3ext bench attention``, and for every profiled call.
 
 python scripts/summarize_bench.py benchmarks/results/nvidia-h200/*.json
 """
@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 
+def where_and_when(machine: dict[str, Any]) -> str:
+    """The machine and the code that made a result."""
+    where = machine.get("gpu", machine["cpu"])
+    return f"{where}, torch {machine['torch']}, commit {machine['commit']}"
+
+
 def lines(results: list[dict[str, Any]]) -> Iterator[str]:
     """The conditions of every result, then its figures."""
     for result in results:
-        machine = result["machine"]
         yield (
-            f"{machine.get('gpu', machine['cpu'])}, torch {machine['torch']}, "
-            f"commit {machine['commit']}: {result['source']}, {result['table_rows']} rows of "
+            f"{where_and_when(result['machine'])}: "
+            f"{result['source']}, {result['table_rows']} rows of "
             f"{result['d_in']} + {result['d_emb']}, {result['dtype']}; "
             f"{result['bandwidth'] / 1e9:.0f} GB/s, {result['gemm'] / 1e12:.1f} TFLOP/s"
         )
@@ -35,6 +40,18 @@ def lines(results: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"  {where:<16} {name:<28} did not run: {reason[:80]}"
 
 
+def profile_lines(result: dict[str, Any]) -> Iterator[str]:
+    """Of every call that was profiled its span and what took the most of it."""
+    yield where_and_when(result["machine"])
+    for profile in result["profiles"]:
+        where = f"{profile['regime']} {profile['num_tokens']}"
+        most = profile["kernels"][0]
+        yield (
+            f"  {where:<16} {profile['span_us']:12.1f} µs, {profile['idle_us']:.1f} idle; "
+            f"{100 * most['share']:.0f} % {most['kernel']}"
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0, or 2 for a file that cannot be read."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -46,9 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             print(f"summarize_bench: {file}: {error}", file=sys.stderr)
             return 2
-        if isinstance(results, list):  # google-benchmark's files are objects, and print themselves
+        if isinstance(results, list):
             print(f"{file.name}:")
             print("\n".join(lines(results)))
+        elif "profiles" in results:  # other objects, as google-benchmark's, print themselves
+            print(f"{file.name}:")
+            print("\n".join(profile_lines(results)))
     return 0
 
 

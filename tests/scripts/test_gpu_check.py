@@ -16,6 +16,7 @@ PARTS = [
     "device",
     "tests",
     "bench",
+    "profile",
     "tied",
     "graph",
     "sanitize",
@@ -156,6 +157,7 @@ def test_everything_runs_and_is_summed_up(fake):
     assert "-m l3ext bench attention --device cuda --output" in calls
     assert "benchmarks/compare_graph_steps.py --device cuda" in calls
     assert "benchmarks/compare_choices.py --device cuda --output" in calls
+    assert "benchmarks/profile_attention.py --device cuda --output" in calls
 
 
 def test_only_some_parts(fake, tmp_path):
@@ -246,6 +248,21 @@ def test_figures_are_summed_up(tmp_path, capsys):
     assert "NVIDIA H200, torch 2.11, commit abc: Zipf(1), 710000 rows of 2048 + 1024" in printed
     assert "1000.0 µs   62.5 %" in printed
     assert "did not run: RuntimeError: out of shared memory" in printed
+    kernels = [{"kernel": "forward_kernel<bf16, 8, true>", "share": 0.914, "total_us": 914.0}]
+    profile = {
+        "regime": "forward",
+        "num_tokens": 16384,
+        "span_us": 1000.0,
+        "idle_us": 12.3,
+        "kernels": kernels,
+    }
+    machine = result["machine"]
+    path.write_text(json.dumps({"machine": machine, "profiles": [profile]}))
+    assert summarize_bench.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "NVIDIA H200, torch 2.11, commit abc" in printed
+    assert "forward 16384" in printed
+    assert "1000.0 µs, 12.3 idle; 91 % forward_kernel<bf16, 8, true>" in printed
     path.write_text("no JSON")
     assert summarize_bench.main([str(path)]) == 2
     assert "summarize_bench:" in capsys.readouterr().err
