@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,17 @@ from typing import Any
 
 import torch
 
-import l3ext
 from l3ext import _C
 from l3ext.bench import machine
-from l3ext.bench.timing import captured, clock_of, interleaved_seconds, paired_ratio, summarize
-from l3ext.bench.workload import Workload, from_zipf
-from l3ext.ops import table_attention, touched_rows
+from l3ext.bench.attention import Bench, Options
+from l3ext.bench.timing import (
+    Candidate,
+    captured,
+    interleaved_seconds,
+    paired_ratio,
+    summarize,
+)
+from l3ext.bench.workload import from_zipf
 
 DEFAULT = "default"
 #: Of each regime: other choices than the default, as arguments of _C.tune_cuda.
@@ -43,84 +47,47 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tied forward": {"rows read twice": {"slabs": False}},
 }
-_STEPS = 4
-_GRAPH_CALLS = 16
-
-Call = Callable[[], object]
+_GRAPH_CALLS = 16  # as in l3ext bench
 
 
-class Bench:
-    """One table, and the calls over it."""
+def compare(bench: Bench, regime: str, tokens: int) -> dict[str, Any]:
+    """A measurement: every choice of the regime at one size."""
+    in_graph = regime == "decode"
+    call = bench.own_call(
+        "backward" if regime == "backward" else "forward", tokens, _GRAPH_CALLS if in_graph else 4
+    )
 
-    def __init__(self, options: argparse.Namespace, workload: Workload, *, tied: bool) -> None:
-        self.options, self.workload, self.tied = options, workload, tied
-        self.device = torch.device(options.device)
-        self.dtype = getattr(torch, options.dtype)
-        self.d_emb = options.d_in if tied else options.d_emb
-        width = options.d_in if tied else options.d_in + options.d_emb
-        self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
-        rows = workload.allocation.total_rows
-        self.table = torch.empty(rows, width, dtype=self.dtype, device=self.device)
-        for part in self.table.split(4096):
-            part.normal_(std=0.03)
-
-    def calls(self, regime: str, tokens: int) -> list[Call]:
-        """Of other ids each; all return the same tensors when they are called again."""
-        decode = regime == "decode"
-        calls = []
-        for ids in self.workload.steps(_GRAPH_CALLS if decode else _STEPS, tokens, self.device):
-            plan = l3ext.plan(ids, self.offsets, max_rows=self.workload.allocation.max_rows)
-            x = torch.randn(tokens, self.options.d_in, device=self.device).to(self.dtype)
-            if regime == "backward":
-                dy = torch.randn(tokens, self.d_emb, device=self.device).to(self.dtype)
-                touched = touched_rows(plan.segment_rows, plan.num_segments)
-                places = (touched.starts, touched.rows.shape[0])
-                arguments = (dy, x, self.table, self.options.d_in, self.tied, *plan._arrays(), 1.0)
-                operator = torch.ops.l3ext.table_attention_backward
-                calls.append(functools.partial(operator, *arguments, True, True, *places))
-            else:
-                calls.append(
-                    functools.partial(table_attention, x, self.table, plan, tied=self.tied)
-                )
-        return calls
-
-    def compare(self, regime: str, tokens: int) -> dict[str, Any]:
-        """A measurement: every choice of the regime at one size."""
-        calls = self.calls(regime, tokens)
-        choices = {DEFAULT: {}, **CHOICES[regime]}
-        expected = bits(calls[0]())
-        same, candidates = {}, {}
-        for name, choice in choices.items():
-            _C.tune_cuda(**choice)
-            same[name] = all(map(torch.equal, bits(calls[0]()), expected))
-            candidates[name] = self._candidate(regime, calls, choice)
-        seconds = interleaved_seconds(
-            candidates,
-            clock=clock_of(self.device),
-            runs=self.options.runs,
-            budget_seconds=self.options.budget,
-        )
-        _C.tune_cuda()
-        results = {}
-        for name, times in seconds.items():
-            shared = len(calls) if regime == "decode" else 1
-            results[name] = dataclasses.asdict(summarize(times).divided_by(shared))
-            results[name]["same_bits"] = same[name]
-            if name != DEFAULT:
-                ratio = paired_ratio(times, seconds[DEFAULT])
-                results[name]["ratio"] = dataclasses.asdict(ratio)
-        return {"regime": regime, "num_tokens": tokens, "results": results}
-
-    def _candidate(self, regime: str, calls: list[Call], choice: dict[str, Any]) -> Any:
-        if regime == "decode":  # a graph keeps the choice that it was captured with
-            graph = captured(lambda: [call() for call in calls], self.device)
+    def candidate(choice: dict[str, Any]) -> Candidate:
+        if in_graph:  # which keeps the choice that it was captured with
+            graph = captured(lambda: [call(i)() for i in range(_GRAPH_CALLS)], bench.device)
             return lambda _: graph
 
-        def prepared(run: int) -> Call:
+        def prepared(run: int) -> Callable[[], object]:
             _C.tune_cuda(**choice)
-            return calls[run % len(calls)]
+            return call(run)
 
         return prepared
+
+    expected = bits(call(0)())
+    same, candidates = {}, {}
+    for name, choice in {DEFAULT: {}, **CHOICES[regime]}.items():
+        _C.tune_cuda(**choice)
+        same[name] = all(map(torch.equal, bits(call(0)()), expected))
+        candidates[name] = candidate(choice)
+    seconds = interleaved_seconds(
+        candidates,
+        clock=bench.clock,
+        runs=bench.options.runs,
+        budget_seconds=bench.options.budget_seconds,
+    )
+    _C.tune_cuda()
+    results = {}
+    for name, times in seconds.items():
+        time = summarize(times).divided_by(_GRAPH_CALLS if in_graph else 1)
+        results[name] = {**dataclasses.asdict(time), "same_bits": same[name]}
+        if name != DEFAULT:
+            results[name]["ratio"] = dataclasses.asdict(paired_ratio(times, seconds[DEFAULT]))
+    return {"regime": regime, "num_tokens": tokens, "results": results}
 
 
 def bits(outputs: Any) -> list[torch.Tensor]:
@@ -157,7 +124,6 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.5, help="seconds of one measurement")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
-    torch.manual_seed(0)
     workload = from_zipf(
         num_tokens=max(4 * max(options.tokens), 1 << 16),
         vocab_size=options.vocab_size,
@@ -165,13 +131,25 @@ def main() -> None:
     )
     measurements = []
     for tied in (False, True):
-        bench = Bench(options, workload, tied=tied)
+        bench = Bench(
+            workload,
+            Options(
+                device=torch.device(options.device),
+                dtype=getattr(torch, options.dtype),
+                d_in=options.d_in,
+                d_emb=options.d_in if tied else options.d_emb,
+                tied=tied,
+                runs=options.runs,
+                budget_seconds=options.budget,
+                gemm_size=512,  # nothing here is held against the floor
+                copy_bytes=1 << 24,
+            ),
+        )
         for regime in CHOICES:
-            if regime.startswith("tied") != tied:
-                continue
-            for tokens in options.batch if regime == "decode" else options.tokens:
-                measurements.append(bench.compare(regime, tokens))
-        del bench
+            if regime.startswith("tied") == tied:
+                for tokens in options.batch if regime == "decode" else options.tokens:
+                    measurements.append(compare(bench, regime, tokens))
+        del bench  # and its table
     print(table(measurements))
     if options.output is not None:
         facts = {name: value for name, value in vars(options).items() if name != "output"}

@@ -121,9 +121,15 @@ class Bench:
             torch.cuda.empty_cache()  # the next regime's buffers have other sizes
         return measured
 
-    def own_call(self, regime: str, size: int) -> timing.Candidate:
-        """Our own call of a regime by itself: of backward packed rows, of decode with its plan."""
-        steps = self.workload.steps(_STEPS, size, self.device)
+    def own_call(self, regime: str, size: int, count: int = _STEPS) -> timing.Candidate:
+        """Our own call of a regime by itself: of backward packed rows, of decode with its plan.
+
+        Args:
+            regime: one of REGIMES.
+            size: tokens of a step.
+            count: other steps that runs go through.
+        """
+        steps = self.workload.steps(count, size, self.device)
         d_in, d_emb, _ = self._sizes()
         x = self._draw(size, d_in)
         calls: list[Callable[[], object]]
@@ -138,7 +144,7 @@ class Bench:
             calls = [functools.partial(self._plan_and_attend, step, x) for step in steps]
         else:
             calls = [functools.partial(self._plan_of, step) for step in steps]
-        return lambda run: calls[run % _STEPS]
+        return lambda run: calls[run % count]
 
     # --- regimes ----------------------------------------------------------------------------------
     def _forward(self, steps: list[Tensor]) -> dict[str, Any]:
