@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from l3ext import _C
+from l3ext._files import atomic_path
 from l3ext.bench import machine
 from l3ext.bench.attention import Bench, Options
 from l3ext.bench.timing import (
@@ -95,22 +96,23 @@ def bits(outputs: Any) -> list[torch.Tensor]:
     return [t.clone() for t in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
 
 
-def table(measurements: list[dict[str, Any]]) -> str:
-    """For people."""
-    lines = [f"{'regime':<14}{'tokens':>7}  {'choice':<18}{'µs':>10}  x default (95 %)"]
-    for measurement in measurements:
-        for name, result in measurement["results"].items():
-            where = f"{measurement['regime']:<14}{measurement['num_tokens']:>7}"
-            line = f"{where}  {name:<18}{1e6 * result['median']:>10.1f}"
-            if name != DEFAULT:
-                ratio = result["ratio"]
-                line += f"  {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
-                line += "" if result["same_bits"] else ", other bits"
-            lines.append(line)
-    return "\n".join(lines)
+HEAD = f"{'regime':<14}{'tokens':>7}  {'choice':<18}{'µs':>10}  x default (95 %)"
+
+
+def lines(measurement: dict[str, Any]) -> Iterator[str]:
+    """A measurement as text, below HEAD."""
+    for name, result in measurement["results"].items():
+        where = f"{measurement['regime']:<14}{measurement['num_tokens']:>7}"
+        line = f"{where}  {name:<18}{1e6 * result['median']:>10.1f}"
+        if name != DEFAULT:
+            ratio = result["ratio"]
+            line += f"  {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+            line += "" if result["same_bits"] else ", other bits"
+        yield line
 
 
 def main() -> None:
+    """Print every choice's time, and write all as JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -129,7 +131,12 @@ def main() -> None:
         vocab_size=options.vocab_size,
         total_rows=options.total_rows,
     )
-    measurements = []
+    result = {
+        "machine": machine.describe(torch.device(options.device)),
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "measurements": [],
+    }
+    print(HEAD)
     for tied in (False, True):
         bench = Bench(
             workload,
@@ -148,17 +155,13 @@ def main() -> None:
         for regime in CHOICES:
             if regime.startswith("tied") == tied:
                 for tokens in options.batch if regime == "decode" else options.tokens:
-                    measurements.append(compare(bench, regime, tokens))
+                    measurement = compare(bench, regime, tokens)
+                    result["measurements"].append(measurement)
+                    print("\n".join(lines(measurement)), flush=True)
+                    if options.output is not None:  # each time: what comes after may be stopped
+                        with atomic_path(options.output) as temporary:
+                            temporary.write_text(json.dumps(result, indent=1) + "\n")
         del bench  # and its table
-    print(table(measurements))
-    if options.output is not None:
-        facts = {name: value for name, value in vars(options).items() if name != "output"}
-        result = {
-            "machine": machine.describe(torch.device(options.device)),
-            "options": facts,
-            "measurements": measurements,
-        }
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -305,6 +305,19 @@ def test_a_corpus_shorter_than_a_step():
         StepSampler([DECODE]).samples()
 
 
+def planned(**changes):
+    """A small plan, but for these arguments."""
+    tokens = zipf_tokens(2000)
+    arguments = {
+        "counter": counted(tokens),
+        "samples": sampled(tokens, [DECODE]),
+        "sizes": [(240, 64)],
+        "formats": [RowFormat(8, 8, "int8")],
+        "link": LINK,
+    }
+    return plan_tables(**(arguments | changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -319,17 +332,8 @@ def test_a_corpus_shorter_than_a_step():
     ],
 )
 def test_plans_of_what_is_of_another_kind(changes, message):
-    tokens = zipf_tokens(2000)
-    arguments = {
-        "counter": counted(tokens),
-        "samples": sampled(tokens, [DECODE]),
-        "sizes": [(240, 64)],
-        "formats": [RowFormat(8, 8, "int8")],
-        "link": LINK,
-        **changes,
-    }
     with pytest.raises(TypeError, match=message):
-        plan_tables(**arguments)
+        planned(**changes)
 
 
 @pytest.mark.parametrize(
@@ -344,15 +348,5 @@ def test_plans_of_what_is_of_another_kind(changes, message):
     ],
 )
 def test_plans_that_cannot_be(changes, message):
-    tokens = zipf_tokens(2000)
-    arguments = {
-        "counter": counted(tokens),
-        "samples": sampled(tokens, [DECODE]),
-        "sizes": [(240, 64)],
-        "formats": [RowFormat(8, 8, "int8")],
-        "link": LINK,
-        **changes,
-    }
-    counter, samples = arguments.pop("counter"), arguments.pop("samples")
     with pytest.raises(ValueError, match=message):
-        plan_tables(counter, samples, **arguments)
+        planned(**changes)

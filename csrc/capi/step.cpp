@@ -2,6 +2,7 @@
 #include "attention/segmented_attention.hpp"
 #include "capi/objects.hpp"
 #include "capi/structs.hpp"
+#include "core/dlpack_dtype.hpp"
 #include "dlpack/dlpack.h"
 
 namespace l3ext::capi {
@@ -58,20 +59,6 @@ struct Export {
   int64_t strides[2] = {};
   std::shared_ptr<DeviceBuffer> buffer;
 };
-
-DLDataType dlpack_dtype(DType dtype) {
-  const auto bits = static_cast<uint8_t>(8 * dtype_bytes(dtype));
-  switch (dtype) {
-    case DType::kBFloat16:
-      return {kDLBfloat, bits, 1};
-    case DType::kFloat8E4M3:
-      return {kDLFloat8_e4m3fn, bits, 1};
-    case DType::kInt8:
-      return {kDLInt, bits, 1};
-    default:
-      return {kDLFloat, bits, 1};
-  }
-}
 
 DLDevice dlpack_device(const Device& device) {
   return {device.is_host() ? kDLCPU : kDLCUDA, device.index()};

@@ -12,22 +12,7 @@
 namespace l3ext {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
-
 void unmap(std::byte* data, size_t nbytes) noexcept { ::munmap(data, nbytes); }
-
-// Null where there is no memory.
-std::byte* map(size_t nbytes) noexcept {
-  void* mapped = ::mmap(nullptr, nbytes + kHugePage, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
-  auto* begin = static_cast<std::byte*>(mapped);
-  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
-  if (before > 0) unmap(begin, before);
-  unmap(begin + before + nbytes, kHugePage - before);
-  advise_huge_pages(begin + before, nbytes);
-  return begin + before;
-}
 
 }  // namespace
 
@@ -42,10 +27,10 @@ CachingAllocator::Block CachingAllocator::allocate(size_t nbytes) {
   L3EXT_CHECK(with_room > nbytes && with_room < SIZE_MAX / 2, "nbytes: expected less, got ",
               nbytes);
   if (Block kept = kept_block(nbytes)) return kept;
-  std::byte* data = map(with_room);
+  std::byte* data = map_huge_pages(with_room);
   if (data == nullptr) {
     release();
-    data = map(with_room);
+    data = map_huge_pages(with_room);
   }
   if (data == nullptr) {
     throw Error(ErrorCode::kRuntime,

@@ -9,25 +9,18 @@
 #include <new>
 #include <utility>
 
+#include "core/huge_pages.hpp"
+
 namespace l3ext::lzw {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
-
 size_t whole_pages(size_t nbytes) { return (nbytes + kHugePage - 1) / kHugePage * kHugePage; }
 
-// Address space that starts at a huge page: only such pages move as they are.
+// Only pages that begin where huge ones do move as they are.
 char* map_aligned(size_t nbytes) {
-  if (nbytes > SIZE_MAX / 2) throw std::bad_alloc();
-  void* map = ::mmap(nullptr, nbytes + kHugePage, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (map == MAP_FAILED) throw std::bad_alloc();
-  auto* begin = static_cast<char*>(map);
-  auto* aligned = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
-  if (aligned > begin) ::munmap(begin, static_cast<size_t>(aligned - begin));
-  ::munmap(aligned + nbytes, kHugePage - static_cast<size_t>(aligned - begin));
-  ::madvise(aligned, nbytes, MADV_HUGEPAGE);  // a wish: without huge pages it is only slower
-  return aligned;
+  std::byte* mapped = map_huge_pages(nbytes, MAP_NORESERVE);
+  if (mapped == nullptr) throw std::bad_alloc();
+  return reinterpret_cast<char*>(mapped);
 }
 
 }  // namespace

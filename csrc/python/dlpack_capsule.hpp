@@ -8,19 +8,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "core/dtype.hpp"
-
 namespace l3ext::python {
-
-inline DLDataType dlpack_dtype(DType dtype) {
-  const bool is_float =
-      dtype == DType::kFloat64 || dtype == DType::kFloat32 || dtype == DType::kFloat16;
-  const DLDataTypeCode code = dtype == DType::kBFloat16 ? kDLBfloat
-                              : is_float                ? kDLFloat
-                              : dtype == DType::kUInt8  ? kDLUInt
-                                                        : kDLInt;
-  return {static_cast<uint8_t>(code), static_cast<uint8_t>(8 * dtype_bytes(dtype)), 1};
-}
 
 // A matrix as a DLPack capsule that owns `owner`, in whose memory it lies.
 template <typename Owner>

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/dlpack_dtype.hpp"
 #include "python/array_reader.hpp"
 #include "python/bindings.hpp"
 #include "python/runtime_objects.hpp"

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/dlpack_dtype.hpp"
 #include "python/bindings.hpp"
 #include "python/runtime_objects.hpp"
 #include "python/tensor_arg.hpp"

@@ -11,6 +11,7 @@
 #include "core/checksum.hpp"
 #include "core/cpu_features.hpp"
 #include "core/cuda_devices.hpp"
+#include "core/dlpack_dtype.hpp"
 #include "core/error.hpp"
 #include "python/bindings.hpp"
 #include "python/dlpack_capsule.hpp"

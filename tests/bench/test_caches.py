@@ -1,8 +1,6 @@
 """The simulated caches hold what they may hold, and find what they hold."""
 
-import importlib.util
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +8,12 @@ import torch
 
 import l3ext
 from l3ext.tables import LookupTable, save_tables
-
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "compare_caches.py"
+from tests.programs import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def caches():
-    spec = importlib.util.spec_from_file_location("compare_caches", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("compare_caches")
 
 
 def steps_of(draw, vocab):

@@ -1,27 +1,22 @@
 """The benchmark of the kernels' choices, small and on the CPU, where all are the same."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from l3ext import _C
+from tests.programs import load_benchmark
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "compare_choices.py"
 SMALL = (
     "--device cpu --dtype float32 --d-in 32 --d-emb 16 --vocab-size 50 --total-rows 200 "
     "--tokens 40 70 --batch 1 5 --runs 3 --budget 0.01"
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("compare_choices", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("compare_choices")
 
 
 def test_every_choice_has_its_figures(program, monkeypatch, tmp_path, capsys):
@@ -56,9 +51,26 @@ def test_every_choice_has_its_figures(program, monkeypatch, tmp_path, capsys):
 def test_other_bits_are_said(program):
     row = {"median": 1e-6, "ratio": {"median": 2.0, "low": 1.5, "high": 2.5}, "same_bits": False}
     results = {"default": {"median": 5e-7, "same_bits": True}, "1 turn": row}
-    text = program.table([{"regime": "decode", "num_tokens": 7, "results": results}])
-    assert text.splitlines()[2].endswith("1.0  2.000 (1.500 to 2.500), other bits")
-    assert "other bits" not in text.splitlines()[1]
+    default, other = program.lines({"regime": "decode", "num_tokens": 7, "results": results})
+    assert other.endswith("1.0  2.000 (1.500 to 2.500), other bits")
+    assert "other bits" not in default
+
+
+def test_what_was_measured_stays_when_it_is_stopped(program, monkeypatch, tmp_path):
+    compare = program.compare
+
+    def stopped(bench, regime, tokens):
+        if regime == "decode":
+            raise KeyboardInterrupt
+        return compare(bench, regime, tokens)
+
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(program, "compare", stopped)
+    monkeypatch.setattr(sys, "argv", ["", *SMALL.split(), "--output", str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        program.main()
+    measured = [m["regime"] for m in json.loads(path.read_text())["measurements"]]
+    assert measured == ["forward", "forward", "backward", "backward"]
 
 
 def test_what_cannot_be_chosen_is_refused_by_name(program):

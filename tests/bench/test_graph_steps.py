@@ -1,22 +1,18 @@
 """The benchmark of decode steps in graphs, small and on the CPU: it compares what is the same."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "compare_graph_steps.py"
+from tests.programs import load_benchmark
+
 SMALL = "--device cpu --batch 1 5 --before 1 2 --hot 0 0.3 --layers 2 --vocab 50 --d-in 32 --d-emb 16 --runs 3 --budget 0.1"  # noqa: E501
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("compare_graph_steps", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("compare_graph_steps")
 
 
 def test_every_line_has_its_figures(program, monkeypatch, tmp_path, capsys):

@@ -1,24 +1,18 @@
 """The profile of attention: what it makes of made-up events, and all of it on the CPU."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "profile_attention.py"
+from tests.programs import load_benchmark
+
 SMALL = "--device cpu --num-tokens 40 --batch 1 3 --vocab-size 60 --total-rows 200 --d-in 32 --d-emb 16 --runs 3"  # noqa: E501
 
 
 @pytest.fixture(scope="module")
 def program():
-    spec = importlib.util.spec_from_file_location("profile_attention", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclass looks for its own module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_benchmark("profile_attention")
 
 
 @pytest.mark.parametrize(
