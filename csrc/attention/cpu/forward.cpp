@@ -86,14 +86,21 @@ class Forward : ForwardUnits<T, Row> {
     // Of a row at least a KiB: memory brings shorter pieces at half the rate.
     constexpr int64_t kRows = 64, kColumns = 1024 / sizeof(Row);
     std::vector<Piece> rows, columns;
+    int64_t cost = 0;
     for (size_t u = 0; u < units.size(); ++u) {
+      cost += units[u].cost();
       work.push_back(this->carve(carver, units[u]));
       if (this->run_trivial(units[u])) continue;
       this->prepare(units[u], work[u]);
       cut(u, units[u].rows(), kRows, rows);
       cut(u, p_.d_emb, kColumns, columns);
     }
-    parallel_for(p_.num_threads, std::ssize(rows), [&](int64_t i) {
+    // Another thread's start and end take as long as so many bytes of rows.
+    constexpr int64_t kBytesOfThread = int64_t{96} << 10;
+    const int64_t bytes = cost / 8 * (p_.d_in + p_.d_emb) * static_cast<int64_t>(sizeof(Row));
+    const int threads =
+        static_cast<int>(std::clamp<int64_t>(bytes / kBytesOfThread, 1, p_.num_threads));
+    parallel_for(threads, std::ssize(rows), [&](int64_t i) {
       const auto [u, begin, end] = rows[i];
       const RowBlock<Row> values = this->values(units[u]).part(begin, end);
       touch_pages(range_of(this->keys(units[u]).part(begin, end), p_.d_in));
@@ -103,7 +110,7 @@ class Forward : ForwardUnits<T, Row> {
     for (size_t u = 0; u < units.size(); ++u) {
       if (units[u].rows() > 1) this->normalise(units[u], work[u]);
     }
-    parallel_for(p_.num_threads, std::ssize(columns), [&](int64_t i) {
+    parallel_for(threads, std::ssize(columns), [&](int64_t i) {
       const auto [u, begin, end] = columns[i];
       this->sum_values(units[u], work[u], begin, end - begin, {});
     });

@@ -89,7 +89,7 @@ void score_all_pairs(const RowBlock<BFloat16>& rows, const float* packed, int64_
     const BFloat16* after[kRows];
     for (int i = 0; i < kRows; ++i) {
       after[i] = row_ahead(rows, r + i + distance, ahead.next);
-      _mm512_storeu_ps(scores + (r + i) * ld, _mm512_setzero_ps());
+      if (ld > 1) _mm512_storeu_ps(scores + (r + i) * ld, _mm512_setzero_ps());
     }
     const RowBlock<BFloat16> some = {rows.row(r), rows.stride, kRows};
     const auto against = [&]<int kQueries>(std::integral_constant<int, kQueries>, int64_t q) {

@@ -3,7 +3,8 @@
 //
 // Scores and softmax weights of `queries` queries lie side by side, row after row:
 // [rows, padded(queries)], with padded() up to a multiple of the vector's lanes. Lanes beyond
-// `queries` hold finite numbers that nobody reads.
+// `queries` hold finite numbers that nobody reads. Of one query they lie side by side: threads that
+// share its rows pass each other as few cache lines as there can be.
 #pragma once
 
 #include <cstddef>
@@ -89,13 +90,13 @@ template <typename T>
 struct RowKernels {
   using Acc = Accumulator<T>;
 
-  int64_t query_lanes;     // padded() is up to a multiple of this
+  int64_t query_lanes;     // padded() is up to a multiple of this, but of 1 it is 1
   int64_t query_block;     // the most queries at once: a multiple of query_lanes
   int64_t backward_block;  // likewise in the backward, which keeps more of them at hand
   int64_t few_queries;   // up to so many are bound by memory: what counts is how rows are asked for
   bool asks_for_wanted;  // whether products of many queries ask for Ahead::wanted
   int64_t padded(int64_t queries) const {
-    return (queries + query_lanes - 1) / query_lanes * query_lanes;
+    return queries == 1 ? 1 : (queries + query_lanes - 1) / query_lanes * query_lanes;
   }
 
   // Queries as scores() wants them, from wherever each lies: elements of the packed copy, and the

@@ -128,7 +128,7 @@ void pack(const BFloat16* const* x, int64_t queries, int64_t depth, float* packe
 
 void scores(RowBlock<BFloat16> rows, const float* packed, int64_t queries, int64_t depth,
             float scale, const Ahead<BFloat16>& ahead, float* out) {
-  const int64_t ld = round_up(queries, kWords);
+  const int64_t ld = padded<float>(queries);
   if (queries <= BlockProduct::kFewQueries) {
     return score_all_pairs(rows, packed, queries, depth, scale, smaller(rows.count, kRowsAhead),
                            {ahead.next}, out, ld);

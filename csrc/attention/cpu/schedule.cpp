@@ -32,10 +32,8 @@ std::vector<Unit> make_units(const PlanView& plan, int64_t lanes, int64_t block)
 std::vector<int32_t> longest_first(const std::vector<Unit>& units) {
   std::vector<int32_t> order(units.size());
   std::iota(order.begin(), order.end(), 0);
-  // Reading a row costs about as much as eight queries' products with it.
-  const auto cost = [&](int32_t i) { return units[i].rows() * (8 + units[i].queries()); };
   std::stable_sort(order.begin(), order.end(),
-                   [&](int32_t a, int32_t b) { return cost(a) > cost(b); });
+                   [&](int32_t a, int32_t b) { return units[a].cost() > units[b].cost(); });
   return order;
 }
 

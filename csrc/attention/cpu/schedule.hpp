@@ -19,6 +19,8 @@ struct Unit {
 
   int64_t queries() const { return query_end - query_begin; }
   int64_t rows() const { return row_end - row_begin; }
+  // In eighths of what reading a row costs, which is about as much as eight queries' products.
+  int64_t cost() const { return rows() * (8 + queries()); }
 };
 
 // One unit per segment, or several of at most `block` queries each; in plan order. Several differ

@@ -34,6 +34,7 @@ void exponentials_of_query(Acc* scores, int64_t rows, int64_t ld, Acc* sum) {
   alignas(64) Acc some[kStep];
   const auto load_some = [&](int64_t r) {
     const int64_t count = rows - r < kStep ? rows - r : kStep;
+    if (ld == 1 && count == kStep) return load(scores + r);
     for (int64_t i = 0; i < kStep; ++i) some[i] = scores[(r + (i < count ? i : 0)) * ld];
     return load(some);
   };
@@ -58,7 +59,8 @@ void exponentials_of_query(Acc* scores, int64_t rows, int64_t ld, Acc* sum) {
 template <typename Acc>
 void exponentials(Acc* scores, int64_t rows, int64_t queries, Acc* sums) {
   constexpr int kStep = kLanes<Acc>, kFew = 2;
-  const int64_t ld = (queries + kStep - 1) / kStep * kStep;
+  if (queries == 1) return exponentials_of_query(scores, rows, 1, sums);
+  const int64_t ld = padded<Acc>(queries);
   for (int64_t q = 0; q < queries; q += kStep) {
     if (queries - q <= kFew && rows > kStep) {
       store(Vec<Acc>{} + Acc{1}, sums + q);
@@ -83,7 +85,17 @@ void exponentials(Acc* scores, int64_t rows, int64_t queries, Acc* sums) {
 template <typename Acc>
 void softmax_backward(Acc* p, const Acc* sums, Acc* dp, int64_t rows, int64_t queries, Acc scale) {
   constexpr int kStep = kLanes<Acc>;
-  const int64_t ld = (queries + kStep - 1) / kStep * kStep;
+  if (queries == 1) {
+    const Acc inverse = Acc{1} / sums[0];
+    Acc delta = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      p[r] *= inverse;
+      delta += p[r] * dp[r];
+    }
+    for (int64_t r = 0; r < rows; ++r) dp[r] = p[r] * (dp[r] - delta) * scale;
+    return;
+  }
+  const int64_t ld = padded<Acc>(queries);
   for (int64_t q = 0; q < queries; q += kStep) {
     const Vec<Acc> inverse = Acc{1} / load(sums + q);
     Vec<Acc> delta = {};

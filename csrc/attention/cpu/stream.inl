@@ -93,8 +93,8 @@ void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride, 
                    int64_t depth, Accumulator<T> scale, const RowBlock<T>& next,
                    Accumulator<T>* scores) {
   using Acc = Accumulator<T>;
-  const int64_t ld = (queries + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
-  std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(Acc));
+  const int64_t ld = padded<Acc>(queries);
+  if (ld != queries) std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(Acc));
   for (int64_t r = 0; r < rows.count;) {
     // Half the lanes where half are enough: half the work on as many rows.
     const auto run = [&]<int kBytes>(std::integral_constant<int, kBytes>) {

@@ -346,6 +346,13 @@ inline auto widen_word(WordVector words) {
 
 // --- rows --------------------------------------------------------------------------------------
 
+// RowKernels::padded(), which is compiled for any instruction set.
+template <typename Acc>
+constexpr int64_t padded(int64_t queries) {
+  constexpr int64_t kStep = kLanes<Acc>;
+  return queries == 1 ? 1 : (queries + kStep - 1) / kStep * kStep;
+}
+
 // The row that comes `ahead` rows after the first of `rows`: one of them, or what is read next.
 template <typename T>
 inline const T* row_ahead(const RowBlock<T>& rows, int64_t ahead, const RowBlock<T>& next) {
