@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -36,8 +36,7 @@ def segmented_attention(
     x: Any,
     keys: Any,
     values: Any | None,
-    plan: Sequence[Any],
-    max_rows: int,
+    plan: Any,
     scale: float,
     num_threads: int,
     y: Any,
@@ -48,8 +47,7 @@ def segmented_attention(
 def directory_attention(
     x: Any,
     directory: Any,
-    plan: Sequence[Any],
-    max_rows: int,
+    plan: Any,
     row_stride: int,
     value_offset: int,
     scale: float,
@@ -73,8 +71,7 @@ def segmented_attention_backward(
     x: Any,
     keys: Any,
     values: Any,
-    plan: Sequence[Any],
-    max_rows: int,
+    plan: Any,
     scale: float,
     num_threads: int,
     segment_gradients: Any | None,

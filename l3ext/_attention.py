@@ -19,7 +19,9 @@ PLAN = (
     "Tensor permutation, Tensor segment_tokens, Tensor segment_queries, Tensor segment_rows, "
     "Tensor num_segments, Tensor table_rows, Tensor schedule, SymInt max_rows"
 )
-PLAN_LENGTH = 8
+
+#: A plan as its kernels get it: from the dispatcher its fields.
+PlanArguments = Plan | Sequence[Any]
 
 
 def check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> None:
@@ -73,16 +75,10 @@ def as_queries(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def native_plan(arguments: Sequence[Any]) -> tuple[Sequence[Tensor], int]:
-    """Arrays and max_rows of a plan's arguments, as the native functions take them."""
-    *arrays, max_rows = arguments[:PLAN_LENGTH]
-    return arrays, max_rows
-
-
 def attend_by_directory(
     x: Tensor,
     directory: Tensor,
-    plan: Sequence[Any],
+    plan: PlanArguments,
     d_emb: int,
     row_stride: int,
     value_offset: int,
@@ -94,12 +90,12 @@ def attend_by_directory(
     """The work of ``directory_attention``, of which see the arguments.
 
     Args:
-        plan: its arguments, those of a schema's ``PLAN``.
+        plan: or its fields.
         spare: multiprocessors of a device that are left to others.
     """
     row_name = None if row_dtype is None else str(row_dtype).removeprefix("torch.")
     y = x.new_empty(x.shape[0], d_emb)
-    operands = (as_queries(x), directory, *native_plan(plan), row_stride, value_offset, scale)
+    operands = (as_queries(x), directory, plan, row_stride, value_offset, scale)
     _C.directory_attention(
         *operands, torch.get_num_threads(), y, queue(x.device), row_name, scale_offset, spare
     )

@@ -8,51 +8,79 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
 
 library = torch.library.Library("l3ext", "DEF")
+#: Arguments of an operator that are a plan's: the fields of a Plan.
+PLAN_LENGTH = 8
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 
-def kernel(name: str) -> Callable[[_Kernel], _Kernel]:
-    """Make a function the operator's kernel on the CPU and on CUDA alike."""
+def kernel(name: str, before: int | None = None) -> Callable[[_Kernel], _Kernel]:
+    """Make a function the operator's kernel on the CPU and on CUDA alike.
+
+    Args:
+        name: of the operator.
+        before: how many arguments precede those of a plan, which the function gets as one: a tuple,
+            where :func:`computes_at_once` calls it with the Plan. None: there is no plan.
+    """
 
     def register(function: _Kernel) -> _Kernel:
+        def of_fields(*arguments: Any) -> Any:
+            assert before is not None
+            end = before + PLAN_LENGTH
+            return function(*arguments[:before], arguments[before:end], *arguments[end:])
+
         for key in ("CPU", "CUDA"):
-            library.impl(name, function, key)
+            library.impl(name, function if before is None else of_fields, key)
         return function
 
     return register
 
 
-def call(
-    op: Callable[..., Any], kernel: Callable[..., Any], inputs: Sequence[Tensor], *rest: Any
-) -> Any:
-    """Run an operator, past what torch would do for nothing.
+def computes_at_once(plan: Any, *inputs: Tensor) -> bool:
+    """Whether an operator's kernel may be called with these and the plan, past torch.
 
-    Where no gradient can be asked for, past the step that would record one: Python of torch's own,
-    which dispatches a second time. Where torch would only pass the arguments on, past its
-    dispatcher too, which converts each of them twice. Together they take longer than what a decode
-    step of one token computes.
+    So nobody asks for a gradient, and torch would pass these very arguments on to the kernel: there
+    is no mode (of fake tensors, of a tracer), transform (vmap), profiler or subclass of Tensor, and
+    no backend but those that have kernels. The step that would record a gradient is Python of
+    torch's own, and dispatches a second time; its dispatcher converts every argument twice.
+    Together they take longer than what a decode step of one token computes.
+
+    Args:
+        plan: of the step.
+        inputs: all tensors that may require a gradient.
+    """
+    if is_compiling():
+        return False
+    if _modes().raw_repr() not in _PLAIN_MODES or _profiler_enabled() or _function_mode_enabled():
+        return False
+    records = is_grad_enabled()
+    for tensor in inputs:
+        if _keys(tensor).raw_repr() not in _PLAIN_KEYS or (records and tensor.requires_grad):
+            return False
+    return plan._is_plain and forward_ad._current_level < 0
+
+
+def dispatch(op: Callable[..., Any], inputs: Sequence[Tensor], *rest: Any) -> Any:
+    """Run an operator where :func:`computes_at_once` is false.
+
+    Past the step that would record a gradient where none can be asked for.
 
     Args:
         op: the operator, to be called with ``*inputs, *rest``.
-        kernel: its kernel on the CPU and on CUDA, which takes the same arguments.
         inputs: all tensors that may require a gradient.
         rest: its other arguments, a plan's tensors among them.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(map(_requires_grad, inputs))
-    ):
+    if is_compiling() or (is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return recorded(op, *inputs, *rest)
     if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
         _no_tangent(op)
-    if _only_dispatches(inputs, rest):
-        return kernel(*inputs, *rest)
     if torch._C._are_functorch_transforms_active():
         # A tensor within vmap does not say whether what it is a part of requires a gradient.
         return recorded(op, *inputs, *rest)
@@ -66,7 +94,7 @@ def recorded(op: Callable[..., Any], *arguments: Any) -> Any:
     The step that would record one in torch is an autograd.Function of a make that torch.func
     refuses.
     """
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if is_compiling() or not torch._C._are_functorch_transforms_active():
         return op(*arguments)
     if torch._C._functorch.peek_interpreter_stack().key() == _FUNCTIONALIZE:
         return op(*arguments)  # it refuses any autograd.Function
@@ -113,31 +141,14 @@ def _no_tangent(op: Callable[..., Any]) -> None:
     raise RuntimeError(f"{op}: expected no forward-mode derivative (jvp): there is none")
 
 
-_requires_grad = operator.attrgetter("requires_grad")
-
-
 def _has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _only_dispatches(inputs: Sequence[Tensor], rest: Sequence[Any]) -> bool:
-    """Whether the operator's kernel would get these very arguments, and nobody else see them.
-
-    So no mode (of fake tensors, of a tracer), transform (vmap), profiler or subclass of Tensor, and
-    no backend but those that have kernels.
-    """
-    if _modes().raw_repr() not in _PLAIN_MODES or torch._C._autograd._profiler_enabled():
-        return False
-    if torch._C._is_torch_function_mode_enabled():
-        return False
-    for tensor in inputs:
-        if _keys(tensor).raw_repr() not in _PLAIN_KEYS:
-            return False
-    return _PLAIN_TYPES.issuperset(map(type, rest))
-
-
 # What torch dispatches on: the keys of its arguments, and those of what is in effect.
 _keys, _modes = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+_profiler_enabled = torch._C._autograd._profiler_enabled
+_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 
 def _key_set(*names: str) -> int:
@@ -152,7 +163,6 @@ _PLAIN_KEYS = {
     for backend in ("CPU", "CUDA")
     for of_autograd in ((), (f"Autograd{backend}", "ADInplaceOrView"))
 }
-_PLAIN_TYPES = frozenset((Tensor, bool, int, float, type(None), torch.dtype))
 
 
 def detached(tensor: Tensor) -> Tensor:

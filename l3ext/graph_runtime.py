@@ -21,9 +21,23 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
-from l3ext._attention import PLAN, PLAN_LENGTH, attend_by_directory, check_matrix, check_plan
+from l3ext._attention import (
+    PLAN,
+    PlanArguments,
+    attend_by_directory,
+    check_matrix,
+    check_plan,
+)
 from l3ext._checks import check_flags, integer, number, whole_numbers
-from l3ext._operators import call, current_stream, kernel, library, register_derivative
+from l3ext._operators import (
+    PLAN_LENGTH,
+    computes_at_once,
+    current_stream,
+    dispatch,
+    kernel,
+    library,
+    register_derivative,
+)
 from l3ext._runtimes import (
     ClosedByWith,
     EndedByWith,
@@ -126,9 +140,10 @@ class GraphRows:
         check_matrix(x, "x")
         check_plan(x, self._plan)
         place = (self._runtime, self._layer, layout.d_emb, number(scale, "scale"))
+        if computes_at_once(self._plan, x, self._ticket):
+            return _fetched_attention(x, self._ticket, self._plan, *place)
         operator = torch.ops.l3ext.fetched_attention.default
-        rest = (*self._plan._arrays(), *place)
-        return call(operator, _fetched_attention, (x, self._ticket), *rest)
+        return dispatch(operator, (x, self._ticket), *self._plan._arrays(), *place)
 
 
 class GraphStep(EndedByWith):
@@ -343,16 +358,23 @@ def _attention_fake(x: Tensor, ticket: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], rest[PLAN_LENGTH + 2])
 
 
-@kernel("fetched_attention")
-def _fetched_attention(x: Tensor, ticket: Tensor, *rest: Any) -> Tensor:
-    number, layer, d_emb, scale = rest[PLAN_LENGTH:]
+@kernel("fetched_attention", 2)
+def _fetched_attention(
+    x: Tensor,
+    ticket: Tensor,
+    plan: PlanArguments,
+    number: int,
+    layer: int,
+    d_emb: int,
+    scale: float,
+) -> Tensor:
     runtime, native = _runtime(number)
     native.wait(layer, ticket.data_ptr(), current_stream(x.device))
     layout = runtime._layouts[layer]
     where = (d_emb, layout.row_stride, layout.value_offset, scale)
     how = (layout.row_dtype, layout.scale_offset, runtime._spare(layer))
     directory = runtime._directories[layer]
-    return attend_by_directory(x, directory, rest[:PLAN_LENGTH], *where, *how)
+    return attend_by_directory(x, directory, plan, *where, *how)
 
 
 def _no_derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

@@ -16,17 +16,18 @@ from torch import Tensor
 from l3ext import _C
 from l3ext._attention import (
     PLAN,
-    PLAN_LENGTH,
+    PlanArguments,
     as_queries,
     attend_by_directory,
     check_matrix,
     check_plan,
-    native_plan,
 )
 from l3ext._checks import integer, number
 from l3ext._operators import (
-    call,
+    PLAN_LENGTH,
+    computes_at_once,
     detached,
+    dispatch,
     empty_output,
     kernel,
     library,
@@ -144,14 +145,18 @@ def segmented_attention(
         assert key_scales is not None
         assert value_scales is not None
         rows = (keys, values, key_scales, value_scales)
+        if computes_at_once(plan, x, *rows):
+            return _quantized_forward(x, *rows, plan, scale)
         operator = torch.ops.l3ext.quantized_attention.default
-        return call(operator, _quantized_forward, (x, *rows), *plan._arrays(), scale)
+        return dispatch(operator, (x, *rows), *plan._arrays(), scale)
     if values is keys:
         return table_attention(x, keys, plan, tied=True, scale=scale, sparse=sparse)
     if sparse:
         _check_sparse(keys=keys, values=values)
+    if computes_at_once(plan, x, keys, values):
+        return _forward(x, keys, values, plan, scale)
     operator = torch.ops.l3ext.segmented_attention.default
-    return call(operator, _forward, (x, keys, values), *plan._arrays(), scale, sparse)
+    return dispatch(operator, (x, keys, values), *plan._arrays(), scale, sparse)
 
 
 def table_attention(
@@ -186,9 +191,11 @@ def table_attention(
     check_plan(x, plan)
     if sparse:
         _check_sparse(table=table)
+    scale = number(scale, "scale")
+    if computes_at_once(plan, x, table):
+        return _table_forward(x, table, d_in, tied, plan, scale)
     operator = torch.ops.l3ext.table_attention.default
-    rest = (d_in, tied, *plan._arrays(), number(scale, "scale"), sparse)
-    return call(operator, _table_forward, (x, table), *rest)
+    return dispatch(operator, (x, table), d_in, tied, *plan._arrays(), scale, sparse)
 
 
 def directory_attention(
@@ -240,19 +247,23 @@ def directory_attention(
     ):
         integer(value, name, least)
     check_plan(x, plan)
-    layout = (d_emb, row_stride, value_offset, number(scale, "scale"))
-    operator = torch.ops.l3ext.directory_attention.default
+    layout: list[Any] = [d_emb, row_stride, value_offset, number(scale, "scale")]
     integer(scale_offset, "scale_offset")
     if row_dtype is None or row_dtype == x.dtype:
         if scale_offset != 0:
             raise ValueError(f"scale_offset: expected 0 for rows of {x.dtype}, got {scale_offset}")
-        return call(operator, _directory_forward, (x, directory), *plan._arrays(), *layout)
-    check_quantized_dtype(row_dtype, "row_dtype")
-    _check_quantized_queries(x, row_dtype)
-    if scale_offset < 1:
-        raise ValueError(f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}")
-    stored = (row_dtype, scale_offset)
-    return call(operator, _directory_forward, (x, directory), *plan._arrays(), *layout, *stored)
+    else:
+        check_quantized_dtype(row_dtype, "row_dtype")
+        _check_quantized_queries(x, row_dtype)
+        if scale_offset < 1:
+            raise ValueError(
+                f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}"
+            )
+        layout += [row_dtype, scale_offset]
+    if computes_at_once(plan, x, directory):
+        return attend_by_directory(x, directory, plan, *layout)
+    operator = torch.ops.l3ext.directory_attention.default
+    return dispatch(operator, (x, directory), *plan._arrays(), *layout)
 
 
 def _check_quantized(
@@ -309,17 +320,32 @@ def _split(table: Tensor, d_in: int, tied: bool) -> tuple[Tensor, Tensor]:
     return (table, table) if tied else (table[:, :d_in], table[:, d_in:])
 
 
-def _attend(x: Tensor, keys: Tensor, values: Tensor | None, d_emb: int, rest: Any) -> Tensor:
+def _attend(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    d_emb: int,
+    plan: PlanArguments,
+    scale: float,
+    *scales: Tensor,
+) -> Tensor:
     """``values``: None where they lie behind the keys, in the same rows."""
     y = empty_output(x, x.shape[0], d_emb)
-    operands = (as_queries(x), keys, values, *native_plan(rest), rest[PLAN_LENGTH])
-    _C.segmented_attention(*operands, torch.get_num_threads(), y, queue(x.device))
+    how = (scale, torch.get_num_threads(), y, queue(x.device))
+    _C.segmented_attention(as_queries(x), keys, values, plan, *how, *scales)
     return y
 
 
-@kernel("segmented_attention")
-def _forward(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return _attend(x, detached(keys), detached(values), values.shape[1], rest)
+@kernel("segmented_attention", 3)
+def _forward(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: PlanArguments,
+    scale: float,
+    sparse: bool = False,
+) -> Tensor:
+    return _attend(x, detached(keys), detached(values), values.shape[1], plan, scale)
 
 
 @torch.library.register_fake("l3ext::segmented_attention", lib=library)
@@ -327,12 +353,20 @@ def _forward_fake(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor
     return x.new_empty(x.shape[0], values.shape[1])
 
 
-@kernel("table_attention")
-def _table_forward(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any) -> Tensor:
+@kernel("table_attention", 4)
+def _table_forward(
+    x: Tensor,
+    table: Tensor,
+    d_in: int,
+    tied: bool,
+    plan: PlanArguments,
+    scale: float,
+    sparse: bool = False,
+) -> Tensor:
     rows = detached(table)
     if tied:
-        return _attend(x, rows, rows, d_in, rest)
-    return _attend(x, rows, None, table.shape[1] - d_in, rest)
+        return _attend(x, rows, rows, d_in, plan, scale)
+    return _attend(x, rows, None, table.shape[1] - d_in, plan, scale)
 
 
 @torch.library.register_fake("l3ext::table_attention", lib=library)
@@ -340,23 +374,19 @@ def _table_forward_fake(x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: 
     return x.new_empty(x.shape[0], d_in if tied else table.shape[1] - d_in)
 
 
-@kernel("quantized_attention")
+@kernel("quantized_attention", 5)
 def _quantized_forward(
-    x: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor, value_scales: Tensor, *rest: Any
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    key_scales: Tensor,
+    value_scales: Tensor,
+    plan: PlanArguments,
+    scale: float,
 ) -> Tensor:
-    scale = rest[PLAN_LENGTH]
-    y = empty_output(x, x.shape[0], values.shape[1])
-    operands = (as_queries(x), detached(keys), detached(values), *native_plan(rest))
-    _C.segmented_attention(
-        *operands,
-        scale,
-        torch.get_num_threads(),
-        y,
-        queue(x.device),
-        detached(key_scales),
-        detached(value_scales),
-    )
-    return y
+    rows = (detached(keys), detached(values))
+    scales = (detached(key_scales), detached(value_scales))
+    return _attend(x, *rows, values.shape[1], plan, scale, *scales)
 
 
 @torch.library.register_fake("l3ext::quantized_attention", lib=library)
@@ -364,10 +394,8 @@ def _quantized_fake(x: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tens
     return x.new_empty(x.shape[0], values.shape[1])
 
 
-@kernel("directory_attention")
-def _directory_forward(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
-    # torch drops what equals the default.
-    return attend_by_directory(x, directory, rest[:PLAN_LENGTH], *rest[PLAN_LENGTH:])
+# torch drops arguments that equal their defaults.
+kernel("directory_attention", 2)(attend_by_directory)
 
 
 @torch.library.register_fake("l3ext::directory_attention", lib=library)
@@ -376,57 +404,65 @@ def _directory_fake(x: Tensor, directory: Tensor, *rest: Any) -> Tensor:
 
 
 # --- backward -------------------------------------------------------------------------------------
+class _Wanted(NamedTuple):
+    """What a backward operator gets after the plan: see ``_BACKWARD``."""
+
+    scale: float
+    dx: bool
+    rows: bool
+    segment_gradients: Tensor | None = None
+    gradient_rows: int = 0
+
+
 def _backward_into(
     dy: Tensor,
     x: Tensor,
     keys: Tensor,
     values: Tensor,
-    rest: Sequence[Any],
+    plan: PlanArguments,
+    wanted: _Wanted,
     dx: Tensor,
     dkeys: Tensor | None,
     dvalues: Tensor | None,
 ) -> None:
-    scale, wants_dx, wants_rows = rest[PLAN_LENGTH : PLAN_LENGTH + 3]
-    starts, _ = _packing(rest)
-    operands = (as_queries(dy), as_queries(x), detached(keys), detached(values), *native_plan(rest))
-    gradients = (dx if wants_dx else None, *((dkeys, dvalues) if wants_rows else (None, None)))
+    operands = (as_queries(dy), as_queries(x), detached(keys), detached(values), plan)
+    rows = (dkeys, dvalues) if wanted.rows else (None, None)
     _C.segmented_attention_backward(
-        *operands, scale, torch.get_num_threads(), starts, *gradients, queue(x.device)
+        *operands,
+        wanted.scale,
+        torch.get_num_threads(),
+        wanted.segment_gradients,
+        dx if wanted.dx else None,
+        *rows,
+        queue(x.device),
     )
-
-
-def _packing(rest: Sequence[Any]) -> tuple[Tensor | None, int]:
-    """segment_gradients and gradient_rows, of which torch drops what equals the default."""
-    given = rest[PLAN_LENGTH + 3 :]
-    return given[0] if given else None, given[1] if len(given) > 1 else 0
 
 
 def _gradient_outputs(
     x: Tensor,
     tables: Sequence[Tensor],
-    rest: Sequence[Any],
+    wanted: _Wanted,
     empty: Callable[..., Tensor] = Tensor.new_empty,
 ) -> list[Tensor]:
     """Gradients of ``x`` and the tables to be filled; of no size where not wanted."""
-    wants_dx, wants_rows = rest[PLAN_LENGTH + 1 : PLAN_LENGTH + 3]
-    starts, packed_rows = _packing(rest)
 
     def rows_like(table: Tensor) -> Tensor:
-        if not wants_rows:
+        if not wanted.rows:
             return table.new_empty(0)
-        count = table.shape[0] if starts is None else packed_rows
-        return empty(table, count, table.shape[1])
+        packed = wanted.segment_gradients is not None
+        return empty(table, wanted.gradient_rows if packed else table.shape[0], table.shape[1])
 
-    dx = empty(x, *x.shape) if wants_dx else x.new_empty(0)
+    dx = empty(x, *x.shape) if wanted.dx else x.new_empty(0)
     return [dx, *map(rows_like, tables)]
 
 
-@kernel("segmented_attention_backward")
+@kernel("segmented_attention_backward", 4)
 def _backward(
-    dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, *rest: Any
+    dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, plan: PlanArguments, *rest: Any
 ) -> tuple[Tensor, ...]:
-    outputs = _gradient_outputs(x, (keys, values), rest, empty_output)
-    _backward_into(dy, x, keys, values, rest, *outputs)
+    wanted = _Wanted(*rest)
+    outputs = _gradient_outputs(x, (keys, values), wanted, empty_output)
+    _backward_into(dy, x, keys, values, plan, wanted, *outputs)
     return tuple(outputs)
 
 
@@ -434,18 +470,25 @@ def _backward(
 def _backward_fake(
     dy: Tensor, x: Tensor, keys: Tensor, values: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(_gradient_outputs(x, (keys, values), rest))
+    return tuple(_gradient_outputs(x, (keys, values), _Wanted(*rest[PLAN_LENGTH:])))
 
 
-@kernel("table_attention_backward")
+@kernel("table_attention_backward", 5)
 def _table_backward(
-    dy: Tensor, x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any
+    dy: Tensor,
+    x: Tensor,
+    table: Tensor,
+    d_in: int,
+    tied: bool,
+    plan: PlanArguments,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    dx, dtable = _gradient_outputs(x, (table,), rest, empty_output)
+    wanted = _Wanted(*rest)
+    dx, dtable = _gradient_outputs(x, (table,), wanted, empty_output)
     rows: tuple[Tensor | None, Tensor | None] = (dtable, None)
     if not tied and dtable.ndim == 2:
         rows = _split(dtable, d_in, tied)
-    _backward_into(dy, x, *_split(detached(table), d_in, tied), rest, dx, *rows)
+    _backward_into(dy, x, *_split(detached(table), d_in, tied), plan, wanted, dx, *rows)
     return dx, dtable
 
 
@@ -453,7 +496,7 @@ def _table_backward(
 def _table_backward_fake(
     dy: Tensor, x: Tensor, table: Tensor, d_in: int, tied: bool, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(_gradient_outputs(x, (table,), rest))
+    return tuple(_gradient_outputs(x, (table,), _Wanted(*rest[PLAN_LENGTH:])))
 
 
 # --- derivatives ----------------------------------------------------------------------------------
@@ -484,7 +527,7 @@ def touched_rows(segment_rows: Tensor, num_segments: Tensor) -> TouchedRows:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, keys, values, *rest = inputs
-    arrays, ctx.max_rows = native_plan(rest)
+    *arrays, ctx.max_rows = rest[:PLAN_LENGTH]
     ctx.scale, ctx.sparse = rest[PLAN_LENGTH:]
     ctx.save_for_backward(x, keys, values, *arrays)
 
@@ -512,7 +555,7 @@ def _derivative(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 def _table_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, table, ctx.d_in, ctx.tied, *rest = inputs
-    arrays, ctx.max_rows = native_plan(rest)
+    *arrays, ctx.max_rows = rest[:PLAN_LENGTH]
     ctx.scale, ctx.sparse = rest[PLAN_LENGTH:]
     ctx.save_for_backward(x, table, *arrays)
 

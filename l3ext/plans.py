@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -138,8 +139,13 @@ class Plan:
             )
 
     def _arrays(self) -> tuple[Any, ...]:
-        """As the operators take it: ``PLAN_ARGUMENTS``."""
+        """As the operators take it: ``PLAN``."""
         return tuple(getattr(self, name) for name in _FIELDS)
+
+    @functools.cached_property
+    def _is_plain(self) -> bool:
+        """Whether its arrays are torch's own tensors, none of a subclass (fake, a wrapper)."""
+        return all(type(array) is Tensor for array in self._arrays()[:-1])
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Plan))

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -20,9 +19,19 @@
 
 namespace l3ext::python {
 
-// permutation, segment_tokens, segment_queries, segment_rows, num_segments, table_rows, schedule;
-// see l3ext.Plan.
-using PlanArrays = std::array<TensorArg, 7>;
+// A l3ext.Plan, or a sequence of its fields in their order.
+class PlanArg {
+ public:
+  // Throws kType where `object` is neither.
+  static PlanArg from_object(pybind11::handle object);
+
+  TensorArg permutation, segment_tokens, segment_queries, segment_rows, num_segments, table_rows,
+      schedule;
+  int64_t max_rows = 0;
+
+ private:
+  pybind11::object fields_[8];  // what the arrays borrow from
+};
 
 // Where work on a device goes: a cudaStream_t, and a function that makes a uint8 array of so many
 // bytes for it. Arrays in host memory need neither.
@@ -60,8 +69,7 @@ class ArrayReader {
 
   // `table_rows`: of the table that the plan shall fit; none: rows lie elsewhere. What only the
   // data shows is checked in host memory alone: reading it from a device would wait for it.
-  PlanView plan(const PlanArrays& arrays, int64_t max_rows,
-                std::optional<int64_t> table_rows) const;
+  PlanView plan(const PlanArg& arrays, std::optional<int64_t> table_rows) const;
 
   // Calls run(launch) with the arrays' CUDA device current, without the GIL, and with the
   // workspace_bytes() that it needs.
@@ -91,3 +99,16 @@ class ArrayReader {
 };
 
 }  // namespace l3ext::python
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<l3ext::python::PlanArg> {
+  PYBIND11_TYPE_CASTER(l3ext::python::PlanArg, const_name("Plan"));
+  bool load(handle source, bool) {
+    value = l3ext::python::PlanArg::from_object(source);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -48,8 +48,7 @@ void check_quantized(const ArrayReader& read, DType dtype) {
 
 // Without `values` they lie behind the keys, in the same rows.
 void read_table(SegmentedAttentionInputs& inputs, const ArrayReader& read, const TensorArg& x,
-                const TensorArg& keys, const TensorArg* values, const PlanArrays& plan,
-                int64_t max_rows) {
+                const TensorArg& keys, const TensorArg* values, const PlanArg& plan) {
   inputs.dtype = x->dtype;
   const DType rows = inputs.quantization ? inputs.quantization->dtype : inputs.dtype;
   inputs.keys = read.rows(keys, "keys", rows, -1, -1);
@@ -66,13 +65,13 @@ void read_table(SegmentedAttentionInputs& inputs, const ArrayReader& read, const
     const auto* first = static_cast<const std::byte*>(inputs.keys.data);
     inputs.values = {first + inputs.d_in * dtype_bytes(rows), inputs.keys.stride};
   }
-  inputs.plan = read.plan(plan, max_rows, inputs.table_rows);
+  inputs.plan = read.plan(plan, inputs.table_rows);
   inputs.x = read.rows(x, "x", inputs.dtype, inputs.plan.num_tokens, inputs.d_in);
 }
 
 void forward(const TensorArg& x, const TensorArg& keys, const std::optional<TensorArg>& values,
-             const PlanArrays& plan, int64_t max_rows, double scale, int num_threads,
-             const TensorArg& y, const CudaQueue& queue, const std::optional<TensorArg>& key_scales,
+             const PlanArg& plan, double scale, int num_threads, const TensorArg& y,
+             const CudaQueue& queue, const std::optional<TensorArg>& key_scales,
              const std::optional<TensorArg>& value_scales) {
   const ArrayReader read(x, "x");
   SegmentedAttentionParams params;
@@ -91,16 +90,16 @@ void forward(const TensorArg& x, const TensorArg& keys, const std::optional<Tens
                            .keys = read.scales(*key_scales, "key_scales", rows),
                            .values = read.scales(*value_scales, "value_scales", rows)};
   }
-  read_table(params, read, x, keys, values ? &*values : nullptr, plan, max_rows);
+  read_table(params, read, x, keys, values ? &*values : nullptr, plan);
   params.scale = scale;
   params.num_threads = num_threads;
   params.y = read.mutable_rows(y, "y", params.dtype, params.plan.num_tokens, params.d_emb);
   run(read, params, queue);
 }
 
-void directory_forward(const TensorArg& x, const TensorArg& directory, const PlanArrays& plan,
-                       int64_t max_rows, int64_t row_stride, int64_t value_offset, double scale,
-                       int num_threads, const TensorArg& y, const CudaQueue& queue,
+void directory_forward(const TensorArg& x, const TensorArg& directory, const PlanArg& plan,
+                       int64_t row_stride, int64_t value_offset, double scale, int num_threads,
+                       const TensorArg& y, const CudaQueue& queue,
                        const std::optional<std::string>& row_dtype, int64_t scale_offset,
                        int spare_multiprocessors) {
   const ArrayReader read(x, "x");
@@ -114,7 +113,7 @@ void directory_forward(const TensorArg& x, const TensorArg& directory, const Pla
     params.quantization->scale_offset = scale_offset;
     check_quantized(read, params.quantization->dtype);
   }
-  params.plan = read.plan(plan, max_rows, std::nullopt);
+  params.plan = read.plan(plan, std::nullopt);
   params.x = read.rows(x, "x", params.dtype, params.plan.num_tokens, -1);
   params.d_in = x->shape[1];
   params.directory = read.array<const int64_t>(directory, "directory", DType::kInt64, {-1});
@@ -130,13 +129,13 @@ void directory_forward(const TensorArg& x, const TensorArg& directory, const Pla
 }
 
 void backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
-              const TensorArg& values, const PlanArrays& plan, int64_t max_rows, double scale,
-              int num_threads, const std::optional<TensorArg>& segment_gradients,
-              const std::optional<TensorArg>& dx, const std::optional<TensorArg>& dkeys,
-              const std::optional<TensorArg>& dvalues, const CudaQueue& queue) {
+              const TensorArg& values, const PlanArg& plan, double scale, int num_threads,
+              const std::optional<TensorArg>& segment_gradients, const std::optional<TensorArg>& dx,
+              const std::optional<TensorArg>& dkeys, const std::optional<TensorArg>& dvalues,
+              const CudaQueue& queue) {
   const ArrayReader read(x, "x");
   SegmentedAttentionBackwardParams params;
-  read_table(params, read, x, keys, &values, plan, max_rows);
+  read_table(params, read, x, keys, &values, plan);
   params.scale = scale;
   params.num_threads = num_threads;
   const DType dtype = params.dtype;
@@ -145,7 +144,8 @@ void backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
   if (dx) params.dx = read.mutable_rows(*dx, "dx", dtype, n, params.d_in);
   int64_t rows = params.table_rows;
   if (segment_gradients && dkeys) {
-    const int64_t segments = plan[3]->shape[0];  // as many as segment_rows has entries for
+    const int64_t segments =
+        plan.segment_rows->shape[0];  // as many as segment_rows has entries for
     params.segment_gradients = read.array<const int64_t>(*segment_gradients, "segment_gradients",
                                                          DType::kInt64, {segments});
     params.gradient_rows = rows = dkeys->view().shape[0];
@@ -165,18 +165,18 @@ void backward(const TensorArg& dy, const TensorArg& x, const TensorArg& keys,
 
 void bind_attention(py::module_& module) {
   module.def("segmented_attention", forward, py::arg("x"), py::arg("keys"), py::arg("values"),
-             py::arg("plan"), py::arg("max_rows"), py::arg("scale"), py::arg("num_threads"),
-             py::arg("y"), py::arg("queue"), py::arg("key_scales") = py::none(),
+             py::arg("plan"), py::arg("scale"), py::arg("num_threads"), py::arg("y"),
+             py::arg("queue"), py::arg("key_scales") = py::none(),
              py::arg("value_scales") = py::none());
   module.def("directory_attention", directory_forward, py::arg("x"), py::arg("directory"),
-             py::arg("plan"), py::arg("max_rows"), py::arg("row_stride"), py::arg("value_offset"),
-             py::arg("scale"), py::arg("num_threads"), py::arg("y"), py::arg("queue"),
+             py::arg("plan"), py::arg("row_stride"), py::arg("value_offset"), py::arg("scale"),
+             py::arg("num_threads"), py::arg("y"), py::arg("queue"),
              py::arg("row_dtype") = py::none(), py::arg("scale_offset") = 0,
              py::arg("spare_multiprocessors") = 0);
   module.def("segmented_attention_backward", backward, py::arg("dy"), py::arg("x"), py::arg("keys"),
-             py::arg("values"), py::arg("plan"), py::arg("max_rows"), py::arg("scale"),
-             py::arg("num_threads"), py::arg("segment_gradients"), py::arg("dx"), py::arg("dkeys"),
-             py::arg("dvalues"), py::arg("queue"));
+             py::arg("values"), py::arg("plan"), py::arg("scale"), py::arg("num_threads"),
+             py::arg("segment_gradients"), py::arg("dx"), py::arg("dkeys"), py::arg("dvalues"),
+             py::arg("queue"));
   // Without arguments: as it was.
   module.def(
       "tune_cuda",

@@ -59,10 +59,9 @@ TensorView view_of(const DLTensor& tensor) {
   return view;
 }
 
-// torch >= 2.11: a C function table on the type, no capsule and no Python call per tensor.
-const DLPackExchangeAPI* exchange_api(py::handle object) {
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())),
-                                             "__dlpack_c_exchange_api__");
+const DLPackExchangeAPI* exchange_api_of(PyTypeObject* type) {
+  PyObject* capsule =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   if (capsule == nullptr) {
     PyErr_Clear();
     return nullptr;
@@ -73,6 +72,21 @@ const DLPackExchangeAPI* exchange_api(py::handle object) {
   if (api == nullptr) PyErr_Clear();
   Py_DECREF(capsule);  // the table is static: the capsule does not own it
   if (api == nullptr || api->header.version.major != DLPACK_MAJOR_VERSION) return nullptr;
+  return api;
+}
+
+// torch >= 2.11: a C function table on the type, no capsule and no Python call per tensor.
+const DLPackExchangeAPI* exchange_api(py::handle object) {
+  // Of the type that had one last, under the GIL. Kept alive: another one could have its address.
+  static PyTypeObject* known = nullptr;
+  static const DLPackExchangeAPI* its_api = nullptr;
+  PyTypeObject* const type = Py_TYPE(object.ptr());
+  if (type == known) return its_api;
+  const DLPackExchangeAPI* const api = exchange_api_of(type);
+  if (api == nullptr) return nullptr;
+  Py_INCREF(type);
+  its_api = api;
+  Py_XDECREF(std::exchange(known, type));
   return api;
 }
 

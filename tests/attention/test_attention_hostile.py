@@ -330,15 +330,22 @@ def test_an_instruction_set_that_is_unknown_or_does_not_run_is_refused(isa, erro
 def test_values_behind_the_keys_need_columns():
     x, keys, values, plan = inputs()
     table = torch.cat([keys, values], dim=1)
-    *arrays, max_rows = plan._arrays()
     y = torch.empty(x.shape[0], values.shape[1], dtype=x.dtype)
-    rest = (arrays, max_rows, 1.0, 1, y, (0, lambda size: None))
+    rest = (plan, 1.0, 1, y, (0, lambda size: None))
     _C.segmented_attention(x, table, None, *rest)
     assert torch.equal(y, l3ext.segmented_attention(x, keys, values, plan))
     with pytest.raises(ValueError, match=r"keys: expected more columns than the 8 of x, .* got 8"):
         _C.segmented_attention(x, keys, None, *rest)
     with pytest.raises(ValueError, match="x: expected shape"):
         _C.segmented_attention(x[0], table, None, *rest)
+    fields = plan._arrays()
+    _C.segmented_attention(x, table, None, fields, *rest[1:])
+    with pytest.raises(TypeError, match=r"plan: expected 8 fields, those of l3ext.Plan, got 7"):
+        _C.segmented_attention(x, table, None, list(fields[:-1]), *rest[1:])
+    with pytest.raises(TypeError, match=r"plan: expected l3ext.Plan, got NoneType"):
+        _C.segmented_attention(x, table, None, None, *rest[1:])
+    with pytest.raises(TypeError, match=r"array: expected a torch tensor, .* got str"):
+        _C.segmented_attention(x, table, None, ("rows", *fields[1:]), *rest[1:])
 
 
 def test_a_plan_on_another_device_than_x():

@@ -35,8 +35,7 @@ def attention_arguments(count=3, d_in=64, d_emb=64):
         "x": np.zeros((count, d_in), np.float32),
         "keys": np.zeros((2, d_in), np.float32),
         "values": np.zeros((2, d_emb), np.float32),
-        "plan": arrays,
-        "max_rows": 1,
+        "plan": [*arrays, 1],
         "scale": 1.0,
         "num_threads": 1,
         "y": np.zeros((count, d_emb), np.float32),
@@ -66,14 +65,14 @@ def test_host_arrays_run_on_the_cpu_and_ask_for_nothing():
     arguments = plan_arguments()
     _C.plan(**arguments, queue=QUEUE)
     assert arguments["permutation"].tolist() == [0, 1, 2]
-    _C.segmented_attention(**attention_arguments() | {"plan": list(_attention_plan())}, queue=QUEUE)
+    _C.segmented_attention(**attention_arguments() | {"plan": _attention_plan()}, queue=QUEUE)
 
 
 def _attention_plan():
     plan = plan_arguments()
     _C.plan(**plan, queue=QUEUE)
     names = ("permutation", "segment_tokens", "segment_queries", "segment_rows")
-    return [plan[name] for name in (*names, "num_segments", "table_rows", "schedule")]
+    return [*(plan[name] for name in (*names, "num_segments", "table_rows", "schedule")), 1]
 
 
 def test_pinned_memory_is_the_host_s():
@@ -92,7 +91,7 @@ def test_a_build_without_cuda_says_so():
         with pytest.raises(RuntimeError, match="this build of l3ext has no CUDA kernels"):
             _C.plan(**device, queue=QUEUE)
     attention = on_cuda(attention_arguments())
-    attention["plan"][-1] = device["schedule"] = Claimed(np.zeros(16 + 7 * 3, np.int32))
+    attention["plan"][-2] = device["schedule"] = Claimed(np.zeros(16 + 7 * 3, np.int32))
     with pytest.raises(RuntimeError, match="this build of l3ext has no CUDA kernels"):
         _C.segmented_attention(**attention, queue=QUEUE)
     del attention["y"]

@@ -88,8 +88,8 @@ def test_a_gradient_is_refused_and_the_output_stays(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_native_function_checks_for_itself(dtype):
     given = arguments(dtype)
-    *plan, max_rows = given.pop("plan")._arrays()
-    rest = (plan, max_rows, 1.0, 1, torch.empty(3, 4), (0, lambda size: None))
+    plan = given.pop("plan")
+    rest = (plan, 1.0, 1, torch.empty(3, 4), (0, lambda size: None))
     operands = (given["x"], given["keys"], given["values"])
     scales = (given["key_scales"], given["value_scales"])
     _C.segmented_attention(*operands, *rest, *scales)
@@ -106,12 +106,12 @@ def test_the_native_function_checks_for_itself(dtype):
     with pytest.raises(TypeError, match="values: expected"):
         _C.segmented_attention(*operands[:2], torch.randn(5, 4), *rest, *scales)
     wide = (given["x"].double(), *operands[1:])
-    rest = (*rest[:4], torch.empty(3, 4, dtype=torch.float64), rest[5])
+    rest = (*rest[:3], torch.empty(3, 4, dtype=torch.float64), rest[4])
     with pytest.raises(TypeError, match="x: expected float32, bfloat16 or float16 for rows of"):
         _C.segmented_attention(*wide, *rest, *scales)
     with pytest.raises(TypeError, match="keys: expected float32, got"):
         _C.segmented_attention_backward(
-            torch.randn(3, 4), *operands, plan, max_rows, 1.0, 1, None, None, None, None, rest[5]
+            torch.randn(3, 4), *operands, plan, 1.0, 1, None, None, None, None, rest[4]
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -132,26 +134,32 @@ class _Wrapper(torch.Tensor):
 
 def test_a_call_that_torch_would_only_pass_on_goes_to_the_kernel():
     x, table, offsets, ids = step()
-    rest = (*l3ext.plan(ids, offsets)._arrays(), 1.0)
-    only_dispatches = _operators._only_dispatches
-    assert only_dispatches((x, table), rest)
+    plan = l3ext.plan(ids, offsets)
+    at_once = _operators.computes_at_once
+    assert at_once(plan, x, table)
+    leaf = torch.nn.Parameter(table)
+    assert not at_once(plan, x, leaf)
     with torch.no_grad(), torch.autocast("cpu"):
-        assert only_dispatches((x, torch.nn.Parameter(table)), rest)
+        assert at_once(plan, x, leaf)
     with torch.inference_mode():
-        assert only_dispatches((x, table.clone()), rest)
-    assert not only_dispatches((x.to("meta"), table), rest)
-    assert not only_dispatches((x, table.to_sparse()), rest)
-    assert not only_dispatches((_Wrapper(x), table), rest)
-    assert not only_dispatches((x, table), (_Wrapper(rest[0]), *rest[1:]))
+        assert at_once(plan, x, table.clone())
+    assert not at_once(plan, x.to("meta"), table)
+    assert not at_once(plan, x, table.to_sparse())
+    assert not at_once(plan, _Wrapper(x), table)
+    wrapped = dataclasses.replace(plan, permutation=_Wrapper(plan.permutation))
+    assert not at_once(wrapped, x, table)
+    assert at_once(copy.deepcopy(plan), x, table)
     with torch.profiler.profile():
-        assert not only_dispatches((x, table), rest)
+        assert not at_once(plan, x, table)
     for mode in (_Names(), _Calls(), FakeTensorMode()):
         with mode:
-            assert not only_dispatches((x, table), rest)
+            assert not at_once(plan, x, table)
+    with forward_ad.dual_level():
+        assert not at_once(plan, x, table)
 
     def transformed(x):
-        assert not only_dispatches((x, table), rest)
-        assert not only_dispatches((table, table), rest)
+        assert not at_once(plan, x, table)
+        assert not at_once(plan, table, table)
         return x
 
     torch.vmap(transformed)(x[None])
