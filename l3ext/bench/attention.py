@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,10 +70,13 @@ def run(
 
     Returns:
         JSON values: ``machine``, the workload, ``bandwidth`` (bytes/s), ``gemm`` (flop/s) and
-        ``measurements``, one for each regime and size: ``floor`` (seconds by bytes and by flops),
-        ``results`` (name to median, p10, p90 in seconds, runs, ``fraction`` of the floor and, for a
-        peer, ``difference``: the largest from ours over the largest value) and ``failures`` (name
-        to reason of the peers that did not run).
+        ``measurements``, one for each regime and size: ``bandwidth`` and ``gemm`` meanwhile,
+        ``floor`` (seconds by bytes and by flops at these), ``results`` (name to median, p10, p90 in
+        seconds, runs, ``fraction`` of the floor and, for a peer, ``difference``: the largest from
+        ours over the largest value) and ``failures`` (name to reason of the peers that did not
+        run). A machine need not be the same from one minute to the next: on the CPU ``fraction`` is
+        the median of the runs', each held against the bandwidth just before it, and everywhere the
+        product's rate is measured before and after a regime.
     """
     bench = Bench(workload, options)
     measurements: list[dict[str, Any]] = []
@@ -108,7 +112,7 @@ class Bench:
         self.device = options.device
         self.clock = timing.clock_of(self.device)
         self.bandwidth = timing.bandwidth(self.device, nbytes=options.copy_bytes)
-        self.gemm = timing.gemm_rate(options.x_dtype, self.device, size=options.gemm_size)
+        self.gemm = self._gemm_rate(runs=9)  # the last that was measured
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
         # a Tensor or a QuantizedTable
@@ -164,8 +168,8 @@ class Bench:
                 candidates[name] = theirs
             except Exception as error:  # a peer that does not run here is a result too
                 failures[name] = _reason(error)
-        floor = self._forward_floor(steps)
-        return _described(self._time(candidates), {"": floor}, differences, failures)
+        costs = {"": self._forward_cost(steps)}
+        return _described(self._time(candidates), costs, differences, failures)
 
     def _backward(self, steps: list[Tensor]) -> dict[str, Any]:
         """Gradients of x and of the table: of touched rows alone, and of all of it.
@@ -208,16 +212,16 @@ class Bench:
                 failures[name] = _reason(error)
         every = self.workload.allocation.total_rows
 
-        def floor(gradient_rows: Callable[[StepShape], int]) -> dict[str, float]:
-            return self._floor(
+        def cost(gradient_rows: Callable[[StepShape], int]) -> Cost:
+            return _mean(
                 [
                     shape.backward(*self._sizes(), gradient_rows(shape), tied=self.options.tied)
                     for shape in self._shapes(steps)
                 ]
             )
 
-        floors = {"": floor(lambda shape: shape.rows), dense: floor(lambda _: every)}
-        return _described(self._time(candidates), floors, differences, failures)
+        costs = {"": cost(lambda shape: shape.rows), dense: cost(lambda _: every)}
+        return _described(self._time(candidates), costs, differences, failures)
 
     def _decode(self, steps: list[Tensor]) -> dict[str, Any]:
         """One call of a graph that makes many, and one by itself that nothing runs ahead of.
@@ -238,20 +242,20 @@ class Bench:
         attend_graph = timing.captured(attend_all, self.device)
         whole_graph = timing.captured(plan_and_attend_all, self.device)
         together = "in a graph" if self.device.type == "cuda" else "back to back"
-        many = self._time(
+        runs = self._time(
             {
                 f"l3ext, {together}": lambda _: attend_graph,
                 f"plan and l3ext, {together}": lambda _: whole_graph,
-            }
+            },
+            parts=len(steps),
         )
-        times = {name: result.divided_by(len(steps)) for name, result in many.items()}
 
         def single(run: int) -> Callable[[], Tensor]:
             i = run % len(steps)
             return functools.partial(attends[i], x[i], self.table)
 
-        times |= self._time({"l3ext, by itself": single}, ahead=False)
-        return _described(times, {"": self._forward_floor(steps)}, {}, {})
+        runs |= self._time({"l3ext, by itself": single}, ahead=False)
+        return _described(runs, {"": self._forward_cost(steps)}, {}, {})
 
     def _plan(self, steps: list[Tensor]) -> dict[str, Any]:
         calls = [functools.partial(self._plan_of, step) for step in steps]
@@ -321,50 +325,88 @@ class Bench:
     def _sizes(self) -> tuple[int, int, int]:
         return self.options.d_in, self.options.d_emb, self.options.x_dtype.itemsize
 
-    def _forward_floor(self, steps: list[Tensor]) -> dict[str, float]:
+    def _forward_cost(self, steps: list[Tensor]) -> Cost:
         row_itemsize, tied = self.options.dtype.itemsize, self.options.tied
-        return self._floor(
+        return _mean(
             [
                 shape.forward(*self._sizes(), row_itemsize, tied=tied)
                 for shape in self._shapes(steps)
             ]
         )
 
-    def _floor(self, costs: list[Cost]) -> dict[str, float]:
-        """Of the steps' mean cost, seconds by bytes and by flops."""
-        mean = Cost(
-            sum(cost.nbytes for cost in costs) // len(costs),
-            sum(cost.flops for cost in costs) // len(costs),
-        )
-        return mean.seconds(self.bandwidth, self.gemm)
-
     def _time(
-        self, candidates: Mapping[str, timing.Candidate], *, ahead: bool = True
-    ) -> dict[str, timing.Timing]:
-        return timing.time_interleaved(
+        self, candidates: Mapping[str, timing.Candidate], *, ahead: bool = True, parts: int = 1
+    ) -> dict[str, _Runs]:
+        """``parts``: equal calls of ours that one of a candidate's makes."""
+        samples = timing.interleaved(
             candidates,
             clock=self.clock,
             runs=self.options.runs,
             budget_seconds=self.options.budget_seconds,
             ahead=ahead,
         )
+        before, self.gemm = self.gemm, self._gemm_rate(runs=3)
+        gemm = (before + self.gemm) / 2
+        return {
+            name: _Runs(
+                [sample.seconds / parts for sample in values],
+                [sample.bandwidth or self.bandwidth for sample in values],
+                gemm,
+            )
+            for name, values in samples.items()
+        }
+
+    def _gemm_rate(self, runs: int) -> float:
+        options = self.options
+        return timing.gemm_rate(options.x_dtype, self.device, size=options.gemm_size, runs=runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """Of one candidate, and what the machine was able to meanwhile."""
+
+    seconds: list[float]
+    bandwidth: list[float]  #: in each run
+    gemm: float
+
+    def fraction(self, cost: Cost) -> float:
+        """Of the floor, run by run: what drifts meets both."""
+        return statistics.median(
+            max(cost.seconds(bandwidth, self.gemm).values()) / seconds
+            for seconds, bandwidth in zip(self.seconds, self.bandwidth, strict=True)
+        )
+
+
+def _mean(costs: list[Cost]) -> Cost:
+    return Cost(
+        sum(cost.nbytes for cost in costs) // len(costs),
+        sum(cost.flops for cost in costs) // len(costs),
+    )
 
 
 def _described(
-    times: Mapping[str, timing.Timing],
-    floors: Mapping[str, dict[str, float]],
+    runs: Mapping[str, _Runs],
+    costs: Mapping[str, Cost],
     differences: Mapping[str, float],
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
-    """One measurement; ``floors`` by name, "" for all that have none of their own."""
+    """One measurement; ``costs`` by name, "" for all that have none of their own."""
     results = {}
-    for name, result in times.items():
-        results[name] = dataclasses.asdict(result)
-        if floor := floors.get(name, floors.get("")):
-            results[name]["fraction"] = max(floor.values()) / result.median
+    for name, own in runs.items():
+        results[name] = dataclasses.asdict(timing.summarize(own.seconds))
+        if cost := costs.get(name, costs.get("")):
+            results[name]["fraction"] = own.fraction(cost)
         if name in differences:
             results[name]["difference"] = differences[name]
-    return {"floor": floors.get(""), "results": results, "failures": dict(failures)}
+    first = next(iter(runs.values()))
+    rates = (statistics.median(first.bandwidth), first.gemm)
+    return {
+        "bandwidth": rates[0],
+        "gemm": rates[1],
+        "floor": costs[""].seconds(*rates) if "" in costs else None,
+        "results": results,
+        "failures": dict(failures),
+    }
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

@@ -66,6 +66,10 @@ def paired_ratio(
 class Clock(Protocol):
     """Measures one call of a function."""
 
+    #: Bytes a second that memory was read with just before the last call; None where that would
+    #: take time of its own.
+    bandwidth: float | None
+
     def measure(self, function: Callable[[], object], *, ahead: bool = True) -> float:
         """Seconds that the function takes.
 
@@ -80,11 +84,14 @@ class HostClock:
     """Wall-clock time on the CPU, the caches cold."""
 
     def __init__(self) -> None:
+        self.bandwidth: float | None = None
         # Read between measurements: a large last-level cache would hold the rows of many steps.
-        self._flush = torch.ones(2 * _last_level_cache_bytes() // 4)
+        self._flush = torch.ones(4 * _last_level_cache_bytes() // 4)
 
     def measure(self, function: Callable[[], object], *, ahead: bool = True) -> float:
+        start = time.perf_counter()
         self._flush.sum()
+        self.bandwidth = self._flush.nbytes / (time.perf_counter() - start)
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
@@ -99,6 +106,8 @@ def _last_level_cache_bytes() -> int:
 
 class CudaClock:
     """Time between two events of the current stream, the second-level cache cold."""
+
+    bandwidth: float | None = None
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
@@ -154,6 +163,29 @@ def interleaved_seconds(
     budget_seconds: float = 60.0,
     ahead: bool = True,
 ) -> dict[str, list[float]]:
+    """The seconds alone of :func:`interleaved`."""
+    samples = interleaved(
+        candidates, clock=clock, runs=runs, budget_seconds=budget_seconds, ahead=ahead
+    )
+    return {name: [sample.seconds for sample in values] for name, values in samples.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One run."""
+
+    seconds: float
+    bandwidth: float | None  #: bytes/s of memory just before it: :attr:`Clock.bandwidth`
+
+
+def interleaved(
+    candidates: Mapping[str, Candidate],
+    *,
+    clock: Clock,
+    runs: int,
+    budget_seconds: float = 60.0,
+    ahead: bool = True,
+) -> dict[str, list[Sample]]:
     """Time candidates in turn, forth and back, so that a drift of the machine meets all alike.
 
     Args:
@@ -166,20 +198,22 @@ def interleaved_seconds(
         ahead: see :meth:`Clock.measure`.
 
     Returns:
-        The seconds of each candidate's runs, in order.
+        Each candidate's runs, in order.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
+    spent = dict.fromkeys(candidates, 0.0)
     share = budget_seconds / max(1, len(candidates))
     for candidate in candidates.values():
         clock.measure(candidate(0), ahead=ahead)
     for run in range(1, runs + 1):
         order = list(candidates)[:: 1 if run % 2 else -1]
         for name in order:
-            done = seconds[name]
-            if len(done) >= 3 and sum(done) > share:
+            if len(samples[name]) >= 3 and spent[name] > share:
                 continue
-            done.append(clock.measure(candidates[name](run), ahead=ahead))
-    return seconds
+            taken = clock.measure(candidates[name](run), ahead=ahead)
+            samples[name].append(Sample(taken, clock.bandwidth))
+            spent[name] += taken
+    return samples
 
 
 def bandwidth(device: torch.device, *, nbytes: int, runs: int = 9) -> float:

@@ -95,7 +95,7 @@ def attention(
     """Segmented attention beside what users write today.
 
     Prints each one's median time and how much of it the floor is: the larger of bytes over the
-    memory's bandwidth and flops over the matrix product's rate, both measured in the same process.
+    memory's bandwidth and flops over the matrix product's rate, both measured beside it.
 
     Examples:
 
@@ -184,7 +184,8 @@ def _table(result: dict[str, Any], measurement: dict[str, Any]) -> Table:
         if floor is None
         else (
             f"floor {1e6 * max(floor.values()):.1f} µs: bytes {1e6 * floor['bytes']:.1f} µs, "
-            f"flops {1e6 * floor['flops']:.1f} µs"
+            f"flops {1e6 * floor['flops']:.1f} µs, at {measurement['bandwidth'] / 1e9:.1f} GB/s "
+            f"and {measurement['gemm'] / 1e12:.2f} TFLOP/s"
         )
     )
     table = Table(

@@ -40,6 +40,8 @@ def options(**changes):
 class FakeClock:
     """Every call takes as long as it returns; the order of calls is kept."""
 
+    bandwidth = None
+
     def __init__(self):
         self.calls = []
 
@@ -196,6 +198,32 @@ def test_every_regime_runs_and_is_json(dtype):
     assert backward["results"]["l3ext, dense gradient"]["difference"] == 0
 
 
+def test_a_run_is_held_against_the_bandwidth_of_its_own_moment():
+    bench = attention.Bench(tiny(), options(runs=4))
+
+    class Drifting:
+        """Memory and what reads it become slower from call to call."""
+
+        bandwidth = 64e9
+
+        def measure(self, function, *, ahead=True):
+            self.bandwidth /= 2
+            return 8e9 / self.bandwidth
+
+    bench.clock = Drifting()
+    (runs,) = bench._time({"ours": lambda run: len}, parts=2).values()
+    assert runs.bandwidth == [16e9, 8e9, 4e9, 2e9]
+    assert runs.seconds == [0.25, 0.5, 1, 2]
+    assert runs.fraction(Cost(2 * 10**9, 0)) == pytest.approx(0.5)
+
+
+def test_where_a_clock_knows_no_bandwidth_the_first_holds():
+    bench = attention.Bench(tiny(), options(runs=1))
+    bench.clock = FakeClock()
+    (runs,) = bench._time({"ours": lambda run: lambda: 0.5}).values()
+    assert runs.bandwidth == [bench.bandwidth]
+
+
 def test_a_tied_table_is_measured_without_peers():
     result = attention.run(tiny(), options(d_emb=64, tied=True))
     assert result["tied"]
@@ -248,6 +276,7 @@ def test_the_table_fits_80_columns_and_cuts_nothing():
     row |= {"fraction": 1.2346, "difference": 1.2e-7}
     measurement = {"regime": "backward", "num_tokens": 65536, "results": dict.fromkeys(names, row)}
     measurement["floor"] = {"bytes": 0.00123, "flops": 0.00045}
+    measurement |= {"bandwidth": 4567.8e9, "gemm": 789.01e12}
     output = io.StringIO()
     Console(file=output, width=80).print(_table({"dtype": "bfloat16"}, measurement))
     lines = output.getvalue().splitlines()
@@ -276,6 +305,10 @@ def test_the_command_prints_a_table_and_writes_the_same(tmp_path, capsys):
         assert text in printed
     (result,) = json.loads(path.read_text())
     assert len(result["measurements"]) == 4
+    for measurement in result["measurements"]:
+        assert (f"at {measurement['bandwidth'] / 1e9:.1f} GB/s" in " ".join(printed.split())) == (
+            measurement["regime"] != "plan"
+        )
     assert not list(tmp_path.glob("*.tmp.*"))
 
 
