@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import LlamaConfig
 
+from l3ext._checks import check_flags, integer
 from l3ext.allocation import Allocation
+from l3ext.models.stored_allocation import hub_arguments, read_allocation
 
 
 class L3LlamaConfig(LlamaConfig):
@@ -21,12 +26,14 @@ class L3LlamaConfig(LlamaConfig):
         l3_d_up: width after the up-projection.
         l3_tied: values are the keys; needs ``l3_d_emb == hidden_size``.
         allocation: who owns how many rows, the same in every lookup layer; its ``vocab_size`` must
-            be the model's. Kept beside the JSON fields: the checkpoint's safetensors hold it.
+            be the model's; only models without lookup layers do without. Kept beside the JSON
+            fields: the checkpoint's safetensors hold it.
         **kwargs: of ``transformers.LlamaConfig``.
 
     Raises:
         ValueError: values that do not fit each other.
-        TypeError: ``l3_layers`` that are no list of integers.
+        TypeError: ``l3_layers`` that are no list of integers, widths that are none, or an unknown
+            argument that begins with ``l3_``.
     """
 
     model_type = "l3_llama"
@@ -40,18 +47,39 @@ class L3LlamaConfig(LlamaConfig):
         allocation: Allocation | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in kwargs:
+            if name.startswith("l3_"):  # transformers would keep it as one more field
+                raise TypeError(
+                    f"{name}: expected l3_layers, l3_d_emb, l3_d_up, l3_tied or allocation, got an "
+                    "unknown argument"
+                )
         super().__init__(**kwargs)
+        check_flags(l3_tied=l3_tied)
         try:
             self.l3_layers = [operator.index(layer) for layer in l3_layers or ()]
         except TypeError as error:
             raise TypeError(f"l3_layers: expected a list of integers, got {l3_layers!r}") from error
-        self.l3_d_emb = self.hidden_size if l3_d_emb is None else l3_d_emb
-        self.l3_d_up = self.hidden_size if l3_d_up is None else l3_d_up
-        self.l3_tied = l3_tied
+        width = self.hidden_size
+        self.l3_d_emb = integer(width if l3_d_emb is None else l3_d_emb, "l3_d_emb", 1)
+        self.l3_d_up = integer(width if l3_d_up is None else l3_d_up, "l3_d_up", 1)
+        self.l3_tied = bool(l3_tied)
         self._allocation: Allocation | None = None
         self._check_layers()
         if allocation is not None:
             self.allocation = allocation
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; of a local checkpoint with its allocation."""
+        path, hub = pretrained_model_name_or_path, hub_arguments(kwargs)
+        found = super().from_pretrained(path, *args, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if config.l3_layers and config.allocation is None and os.path.isdir(path):
+            # A hub would send the whole weights. What is damaged or does not fit is for the model.
+            with contextlib.suppress(OSError, SafetensorError, ValueError):
+                if (allocation := read_allocation(path, hub)) is not None:
+                    config.allocation = allocation
+        return found
 
     def _check_layers(self) -> None:
         layers = self.l3_layers
@@ -69,7 +97,7 @@ class L3LlamaConfig(LlamaConfig):
 
     @property
     def allocation(self) -> Allocation | None:
-        """Who owns how many rows; None in a configuration read from JSON alone."""
+        """Who owns how many rows; None in a configuration read from JSON alone, as AutoConfig's."""
         return self.__dict__.get("_allocation")
 
     @allocation.setter

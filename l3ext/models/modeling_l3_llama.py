@@ -1,26 +1,25 @@
 """Llama with lookup layers: transformers' decoder layers, some followed by an L3 layer."""
 
 import os
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaPreTrainedModel
-from transformers.utils import cached_file
 
-from l3ext.allocation import Allocation
 from l3ext.models.configuration_l3_llama import L3LlamaConfig
 from l3ext.models.prefill import chunk_length, run_in_chunks
+from l3ext.models.stored_allocation import (
+    FREQUENCY,
+    ROWS,
+    check_same_rows,
+    hub_arguments,
+    read_allocation,
+)
 from l3ext.nn import L3Layer
 from l3ext.plans import Plan
-
-_ROWS = "l3_allocation_rows"
-_FREQUENCY = "l3_allocation_frequency"
 
 
 class L3LlamaDecoderLayer(LlamaDecoderLayer):
@@ -60,7 +59,7 @@ class L3LlamaPreTrainedModel(LlamaPreTrainedModel):
             if module.table is not None:
                 init.normal_(module.table, mean=0.0, std=self.config.initializer_range)
             init.copy_(module.offsets, torch.tensor(module.allocation.offsets))
-        elif isinstance(module, L3LlamaModel) and hasattr(module, _ROWS):
+        elif isinstance(module, L3LlamaModel) and hasattr(module, ROWS):
             # Some versions (5.3 is one) initialise in Llama's constructor, before we have buffers.
             module._fill_allocation()
 
@@ -68,13 +67,32 @@ class L3LlamaPreTrainedModel(LlamaPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As transformers'; the allocation comes out of the checkpoint's safetensors."""
+        """As transformers'; the allocation comes out of the checkpoint's safetensors.
+
+        Raises:
+            ValueError: the configuration came with an allocation of other rows.
+            OSError: there is none in either.
+        """
         path = pretrained_model_name_or_path
+        hub = hub_arguments(kwargs)
         if config is None:
-            config = L3LlamaConfig.from_pretrained(path, **_hub_arguments(kwargs))
-        if path is not None and isinstance(config, L3LlamaConfig) and config.allocation is None:
-            config.allocation = _read_allocation(path, _hub_arguments(kwargs))
-        return super().from_pretrained(path, *args, config=config, **kwargs)
+            config = L3LlamaConfig.from_pretrained(path, **hub)
+        if path is not None and isinstance(config, L3LlamaConfig) and config.l3_layers:
+            stored = read_allocation(path, hub)
+            if config.allocation is None:
+                if stored is None:
+                    raise OSError(
+                        f"{path}: expected a safetensors checkpoint that holds {ROWS}, found none"
+                    )
+                config.allocation = stored
+            elif stored is not None:  # before torch finds tables of other sizes
+                check_same_rows(torch.tensor(stored.rows), config.allocation)
+        loaded = super().from_pretrained(path, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():  # what came in other ways than as safetensors
+            if isinstance(module, L3LlamaModel):
+                module._check_allocation()
+        return loaded
 
     def resize_token_embeddings(
         self,
@@ -124,7 +142,8 @@ class L3LlamaModel(L3LlamaPreTrainedModel, LlamaModel):
     l3_runtime: Any = None
 
     def __init__(self, config: L3LlamaConfig) -> None:
-        if config.allocation is None:
+        allocation = config.allocation if config.l3_layers else None
+        if config.l3_layers and allocation is None:
             raise ValueError(
                 "config.allocation: expected an l3ext.Allocation, got None; a configuration read "
                 "from JSON has none: use from_pretrained, or set it"
@@ -132,10 +151,11 @@ class L3LlamaModel(L3LlamaPreTrainedModel, LlamaModel):
         super().__init__(config)
         for layer in config.l3_layers:
             self.layers[layer - 1] = L3LlamaDecoderLayer(config, layer - 1)
-        vocab = config.allocation.vocab_size
-        self.register_buffer(_ROWS, torch.empty(vocab, dtype=torch.int32))
-        self.register_buffer(_FREQUENCY, torch.empty(vocab, dtype=torch.int64))
-        self._fill_allocation()
+        if allocation is not None:
+            vocab = allocation.vocab_size
+            self.register_buffer(ROWS, torch.empty(vocab, dtype=torch.int32))
+            self.register_buffer(FREQUENCY, torch.empty(vocab, dtype=torch.int64))
+            self._fill_allocation()
         self.post_init()
 
     def _fill_allocation(self) -> None:
@@ -144,11 +164,25 @@ class L3LlamaModel(L3LlamaPreTrainedModel, LlamaModel):
         assert allocation is not None
         frequency = allocation.frequency
         with torch.no_grad():
-            self.get_buffer(_ROWS).copy_(torch.tensor(allocation.rows))
+            self.get_buffer(ROWS).copy_(torch.tensor(allocation.rows))
             if frequency is None:
-                self.get_buffer(_FREQUENCY).fill_(-1)
+                self.get_buffer(FREQUENCY).fill_(-1)
             else:
-                self.get_buffer(_FREQUENCY).copy_(torch.tensor(frequency))
+                self.get_buffer(FREQUENCY).copy_(torch.tensor(frequency))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any
+    ) -> None:
+        # First: tables of other owners may have the same shape.
+        if prefix + ROWS in state_dict:
+            self._check_allocation(state_dict[prefix + ROWS])
+        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
+
+    def _check_allocation(self, rows: Tensor | None = None) -> None:
+        """ValueError unless these rows, or those in the buffer, are the configuration's."""
+        if self.config.l3_layers:
+            assert self.config.allocation is not None
+            check_same_rows(self.get_buffer(ROWS) if rows is None else rows, self.config.allocation)
 
     @property
     def l3_layers(self) -> list[L3Layer]:
@@ -201,39 +235,3 @@ class L3LlamaForCausalLM(L3LlamaPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def _read_allocation(path: Any, hub_arguments: dict[str, Any]) -> Allocation:
-    """Read the allocation alone out of a checkpoint, before its model can be built."""
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        found = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments
-        )
-        if found is None:
-            continue
-        for file in _shards(Path(found), path, hub_arguments):
-            with safe_open(file, framework="numpy") as tensors:
-                names = {key.rsplit(".", 1)[-1]: key for key in tensors.keys()}  # noqa: SIM118
-                if _ROWS not in names:
-                    continue
-                rows = tensors.get_tensor(names[_ROWS])
-                frequency = tensors.get_tensor(names[_FREQUENCY]) if _FREQUENCY in names else None
-            if frequency is not None and np.any(frequency < 0):
-                frequency = None
-            return Allocation.from_rows(rows, frequency=frequency)
-    raise OSError(f"{path}: expected a safetensors checkpoint that holds {_ROWS}, found none")
-
-
-def _shards(found: Path, path: Any, hub_arguments: dict[str, Any]) -> list[Path]:
-    if found.suffix != ".json":
-        return [found]
-    import json
-
-    index = json.loads(found.read_text())["weight_map"]
-    wanted = {file for key, file in index.items() if key.endswith((_ROWS, _FREQUENCY))}
-    return [Path(str(cached_file(path, file, **hub_arguments))) for file in sorted(wanted)]

@@ -23,8 +23,7 @@ def make_allocation():
     return Allocation.from_rows(rows, frequency=np.arange(VOCAB)[::-1].copy())
 
 
-def make_model(**options):
-    torch.manual_seed(0)
+def make_config(**options):
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -39,7 +38,12 @@ def make_model(**options):
         "l3_d_up": 24,
         "allocation": make_allocation(),
     }
-    return L3LlamaForCausalLM(L3LlamaConfig(**(settings | options))).eval()
+    return L3LlamaConfig(**(settings | options))
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    return L3LlamaForCausalLM(make_config(**options)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,18 @@ def test_without_lookup_layers_it_is_a_llama():
     dense.load_state_dict(model.state_dict(), strict=False)
     ids = random_ids(2, 7)
     assert torch.equal(model(ids).logits, dense.eval()(ids).logits)
+
+
+def test_without_lookup_layers_it_needs_no_allocation(tmp_path):
+    config = make_config(l3_layers=[], allocation=None)
+    model = L3LlamaForCausalLM(config).eval()
+    assert (
+        dict(model.named_buffers()).keys() == dict(LlamaForCausalLM(config).named_buffers()).keys()
+    )
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(2, 7)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_gradients_reach_every_parameter(model):
@@ -126,6 +142,9 @@ def test_the_allocation_is_in_the_safetensors_and_not_in_the_json(model, tmp_pat
     tensors = load_file(tmp_path / "model.safetensors")
     rows = tensors["model.l3_allocation_rows"]
     assert rows.tolist() == model.config.allocation.rows.tolist()
+    assert L3LlamaConfig.from_pretrained(tmp_path).allocation == model.config.allocation
+    config, unused = L3LlamaConfig.from_pretrained(tmp_path, return_unused_kwargs=True, other=1)
+    assert (config.allocation, unused) == (model.config.allocation, {"other": 1})
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, L3LlamaConfig)
     assert config.allocation is None
@@ -186,13 +205,18 @@ def test_tied_tables_and_hidden_states():
         ({"l3_layers": [2, 1]}, ValueError, "l3_layers"),
         ({"l3_layers": [1, 1]}, ValueError, "l3_layers"),
         ({"l3_tied": True}, ValueError, "l3_d_emb: l3_tied needs hidden_size = 32, got 16"),
+        ({"l3_tied": "no"}, TypeError, "l3_tied: expected True or False, got 'no'"),
+        ({"l3_d_emb": 0}, ValueError, "l3_d_emb: expected 1 or more, got 0"),
+        ({"l3_d_emb": 1.5}, TypeError, r"l3_d_emb: expected an int, got 1\.5"),
+        ({"l3_d_up": -1}, ValueError, "l3_d_up: expected 1 or more, got -1"),
+        ({"l3_allocation": None}, TypeError, "l3_allocation: expected l3_layers, .* or allocation"),
         ({"allocation": [1, 2]}, TypeError, "allocation: expected l3ext.Allocation, got list"),
         ({"vocab_size": 60}, ValueError, "allocation: expected vocab_size = 60 tokens, got 61"),
     ],
 )
 def test_wrong_configurations(options, error, message):
     with pytest.raises(error, match=message):
-        make_model(**options)
+        make_config(**options)
 
 
 @pytest.mark.parametrize("size", [{"new_num_tokens": VOCAB + 3}, {"pad_to_multiple_of": 64}])
