@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import reprlib
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -71,6 +72,20 @@ def number(value: object, argument: str) -> float:
         except (TypeError, ValueError):
             pass
     raise TypeError(f"{argument}: expected a number, got {reprlib.repr(value)}")
+
+
+def file_path(value: object, argument: str = "path") -> str:
+    """``value`` as the system's calls take it: text, bytes or an ``os.PathLike``.
+
+    Raises:
+        TypeError: 5, None and the like.
+    """
+    try:
+        return os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{argument}: expected a path (str, bytes or os.PathLike), got {reprlib.repr(value)}"
+        ) from None
 
 
 def check_kind(value: object, kind: type[Any], argument: str) -> None:

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from l3ext._checks import file_path
+
 _numbers = itertools.count()
 
 
@@ -19,7 +21,7 @@ def atomic_path(path: str | bytes | os.PathLike[str]) -> Iterator[Path]:
     Any exception in the body (disk full, Ctrl-C) removes the temporary file and leaves the old
     file as it was. The content is flushed to the device before the rename.
     """
-    target = Path(os.fsdecode(path))
+    target = Path(file_path(path))
     if not target.name or target.is_dir():  # "", ".", "/"
         raise IsADirectoryError(errno.EISDIR, "expected a file's path", os.fspath(path))
     if target.exists() and not target.is_file():  # the rename would take /dev/null's place

@@ -23,7 +23,7 @@ import torch  # before _C, see l3ext/__init__.py
 
 from l3ext import _C
 from l3ext._arrays import host_integers
-from l3ext._checks import integer
+from l3ext._checks import file_path, integer
 from l3ext._files import atomic_path
 
 _FORMAT = "l3ext.allocation"
@@ -123,7 +123,7 @@ class Allocation:
 
     @property
     def max_rows(self) -> int:
-        """The most rows that any token owns."""
+        """The most rows that any token owns, often fewer than were allowed."""
         return int(self.rows.max())
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -132,6 +132,7 @@ class Allocation:
         Raises:
             OSError: the file cannot be written; the old file stays.
         """
+        path = file_path(path)
         tensors: dict[str, npt.NDArray[Any]] = {"rows": self.rows}
         if self.frequency is not None:
             tensors["frequency"] = self.frequency
@@ -142,7 +143,7 @@ class Allocation:
                 temporary.write_bytes(content)
         except OSError as error:
             raise OSError(
-                error.errno, f"cannot write: {error.strerror}; the old file stays", os.fspath(path)
+                error.errno, f"cannot write: {error.strerror}; the old file stays", path
             ) from error
 
     @classmethod
@@ -152,7 +153,7 @@ class Allocation:
         Raises:
             OSError: there is no such file, or it is truncated, corrupt or of another kind.
         """
-        name = os.fsdecode(path)
+        name = file_path(path)
         with open(name, "rb"):  # the system's own error where it cannot be read
             pass
         try:
@@ -350,7 +351,7 @@ class LZWCounter:
         Raises:
             OSError: the file cannot be written; the old file stays.
         """
-        self._native.save(os.fspath(path))
+        self._native.save(file_path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LZWCounter:
@@ -360,7 +361,7 @@ class LZWCounter:
             OSError: there is no such file, or it is truncated, corrupt or of another kind.
         """
         counter = cls.__new__(cls)
-        counter._native = _C.LZWCounter.load(os.fspath(path))
+        counter._native = _C.LZWCounter.load(file_path(path))
         return counter
 
     def allocate(self, total_rows: int, max_rows: int = 512) -> Allocation:

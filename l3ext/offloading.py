@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from l3ext._checks import file_path
 from l3ext._runtimes import runtime_device
 from l3ext.graph_runtime import GraphRuntime
 from l3ext.nn import L3Layer
@@ -60,7 +61,9 @@ def offload(
             one copy in RAM for all processes that do.
         path: of the table file. A file that is there already must hold exactly these tables, and is
             used.
-        cache_bytes: bytes of rows that stay at hand, see :class:`PrefetchRuntime`.
+        cache_bytes: bytes of rows that stay at hand, see :class:`PrefetchRuntime`. Of no use on the
+            CPU with tables in RAM, which are read in place by default: nothing is fetched then, and
+            the ledger counts neither bytes nor hits.
         device: that will compute: None or "cpu", or a CUDA device.
         graphs: steps can be captured in CUDA graphs, by ``torch.cuda.graph`` or
             ``torch.compile(mode="reduce-overhead")``: the tables, in RAM, are served by a
@@ -80,6 +83,8 @@ def offload(
         raise ValueError(f'tier: expected "ram" or "disk", got {tier!r}')
     if tier == "disk" and path is None:
         raise ValueError("path: expected the path of the table file, got None")
+    if path is not None:
+        path = file_path(path)
     if graphs and tier != "ram":
         raise ValueError(
             f'tier: expected "ram" with graphs, as no device reads a file by itself, got {tier!r}'

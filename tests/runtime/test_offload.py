@@ -78,6 +78,23 @@ def test_the_same_bits(tier, options, tied, dtype, tmp_path):
     runtime.close()
 
 
+def test_a_path_of_bytes(tmp_path):
+    model = make_model()
+    text = generate(model)
+    with l3ext.offload(model, "disk", os.fsencode(tmp_path / "tables")) as runtime:
+        assert torch.equal(generate(model), text)
+        assert runtime.placement.path == str(tmp_path / "tables")
+
+
+def test_a_hot_set_is_of_no_use_to_tables_read_in_place():
+    model = make_model()
+    with l3ext.offload(model, "ram", cache_bytes=1 << 20) as runtime:
+        generate(model)
+        totals = runtime.ledger.totals
+        assert (totals.hits, totals.bytes) == (0, 0)
+        assert totals.in_place_bytes > 0
+
+
 def test_what_is_no_model():
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got NoneType"):
         l3ext.offload(None, "ram")
@@ -114,6 +131,8 @@ def test_an_existing_file_is_used_if_it_is_the_same(tmp_path):
         ({"tier": "ram", "device": "cuda"}, RuntimeError, "device: expected cpu, got cuda"),
         ({"tier": "disk", "path": "/no/such/folder/file"}, OSError, "cannot create"),
         ({"tier": "ram", "num_workers": 0}, ValueError, "num_workers"),
+        ({"tier": "disk", "path": 5}, TypeError, "path: expected a path .* got 5"),
+        ({"tier": "ram", "path": 0}, TypeError, "path: expected a path .* got 0"),
     ],
 )
 def test_a_failure_leaves_the_model_as_it_was(arguments, error, message):
