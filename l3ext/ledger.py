@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 
 from l3ext import _C
+from l3ext._checks import file_path
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class LedgerTotals:
 class Ledger:
     """What the steps of a runtime cost. Steps are entered when they end.
 
-    Asked in a forked child, every method is a ``RuntimeError``: the ledger is its parent's.
+    Its length and what it iterates over are those of :attr:`steps`. Asked in a forked child, every
+    method is a ``RuntimeError``: the ledger is its parent's.
     """
 
     def __init__(self, native: _C.Ledger) -> None:
@@ -82,6 +85,15 @@ class Ledger:
             for step in self._native.steps()
         ]
 
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self._native.steps())
+
+    def __repr__(self) -> str:
+        return f"Ledger({len(self)} steps kept, {self.totals})"
+
     @property
     def totals(self) -> LedgerTotals:
         """Sums over all steps, also those no longer kept."""
@@ -93,4 +105,4 @@ class Ledger:
 
     def to_chrome_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the kept steps for chrome://tracing or Perfetto: fetch, wait and compute lanes."""
-        self._native.write_chrome_trace(os.fspath(path))
+        self._native.write_chrome_trace(file_path(path))
