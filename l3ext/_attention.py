@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from l3ext import _C
+from l3ext._arrays import Array, from_numpy
 from l3ext._operators import check_device, detached, queue
 from l3ext.plans import Plan
 
@@ -24,14 +26,14 @@ PLAN = (
 PlanArguments = Plan | Sequence[Any]
 
 
-def check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> None:
-    """TypeError, ValueError, RuntimeError unless attention takes it, beside ``like``."""
+def as_matrix(tensor: Array, argument: str, like: Tensor | None = None) -> Tensor:
+    """As a tensor that attention takes, beside ``like``, or TypeError, ValueError, RuntimeError."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
+        tensor = from_numpy(tensor, argument)
     if tensor.ndim != 2:
         raise ValueError(f"{argument}: expected a matrix, got shape {list(tensor.shape)}")
     if like is not None and tensor.dtype == like.dtype and tensor.device == like.device:
-        return  # what holds for it has been checked
+        return tensor  # what holds for it has been checked
     if tensor.dtype not in _FLOATS:
         raise TypeError(
             f"{argument}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}"
@@ -41,13 +43,60 @@ def check_matrix(tensor: Tensor, argument: str, like: Tensor | None = None) -> N
     if like is not None and tensor.device != like.device:
         raise RuntimeError(f"{argument}: expected device {like.device}, got {tensor.device}")
     if tensor.is_cpu:
-        return
+        return tensor
     check_device(tensor.device, argument)
     if tensor.dtype == torch.float64 and tensor.is_cuda:
         raise TypeError(
             f"{argument}: expected float32, bfloat16 or float16 on {tensor.device}, got "
             "torch.float64, which only the CPU computes"
         )
+    return tensor
+
+
+def quantized_rows(
+    x: Tensor, keys: Tensor, values: Any, key_scales: Any, value_scales: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values, their scales as attention takes them; an error names what it does not take."""
+    check_quantized_queries(x, keys.dtype)
+    values, key_scales, value_scales = (
+        from_numpy(array, name) if isinstance(array, np.ndarray) else array
+        for array, name in (
+            (values, "values"),
+            (key_scales, "key_scales"),
+            (value_scales, "value_scales"),
+        )
+    )
+    if not isinstance(values, Tensor) or values.dtype != keys.dtype:
+        got = getattr(values, "dtype", type(values).__name__)
+        raise TypeError(f"values: expected {keys.dtype}, the dtype of keys, got {got}")
+    for rows, name in ((keys, "keys"), (values, "values")):
+        if rows.ndim != 2:
+            raise ValueError(f"{name}: expected a matrix, got shape {list(rows.shape)}")
+    for scales, name in ((key_scales, "key_scales"), (value_scales, "value_scales")):
+        if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
+            got = getattr(scales, "dtype", type(scales).__name__)
+            raise TypeError(f"{name}: expected torch.float32 for {keys.dtype} rows, got {got}")
+        if list(scales.shape) != [keys.shape[0]]:
+            raise ValueError(
+                f"{name}: expected shape [{keys.shape[0]}], a scale for each row of keys, got "
+                f"{list(scales.shape)}"
+            )
+    arrays = {"keys": keys, "values": values, "key_scales": key_scales}
+    for name, tensor in (arrays | {"value_scales": value_scales}).items():
+        if tensor.device != x.device:
+            raise RuntimeError(f"{name}: expected device {x.device}, got {tensor.device}")
+    return keys, values, key_scales, value_scales
+
+
+def check_quantized_queries(x: Tensor, row_dtype: torch.dtype) -> None:
+    """TypeError, RuntimeError unless attention to 8-bit rows takes such queries."""
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"x: expected float32, bfloat16 or float16 for {row_dtype} rows, whose sums are "
+            "float32, got torch.float64"
+        )
+    if x.is_cuda:
+        raise RuntimeError(f"x: expected the CPU, which {row_dtype} rows need, got {x.device}")
 
 
 def check_plan(x: Tensor, plan: Plan) -> None:

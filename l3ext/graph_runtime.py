@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
+from l3ext._arrays import Array, from_numpy
 from l3ext._attention import (
     PLAN,
     PlanArguments,
+    as_matrix,
     attend_by_directory,
-    check_matrix,
     check_plan,
 )
 from l3ext._checks import check_flags, integer, number, whole_numbers
@@ -116,7 +117,7 @@ class GraphRows:
         self._runtime, self._layer = step._runtime._number, layer
         self._layout = step._runtime._layouts[layer]
 
-    def attend(self, x: Tensor, scale: float = 1.0) -> Tensor:
+    def attend(self, x: Array, scale: float = 1.0) -> Tensor:
         """:func:`l3ext.segmented_attention` of all positions, with the same bits.
 
         The current stream waits for the layer's rows; the host does not.
@@ -135,9 +136,11 @@ class GraphRows:
         """
         _check_home(self._runtime)
         layout = self._layout
-        if layout.row_dtype is None and isinstance(x, Tensor):
+        if not isinstance(x, Tensor):
+            x = from_numpy(x, "x")
+        if layout.row_dtype is None:
             x = x.to(layout.dtype)
-        check_matrix(x, "x")
+        x = as_matrix(x, "x")
         check_plan(x, self._plan)
         place = (self._runtime, self._layer, layout.d_emb, number(scale, "scale"))
         if computes_at_once(self._plan, x, self._ticket):

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from l3ext import _C
+from l3ext._arrays import Array, from_numpy
 from l3ext._attention import (
     PLAN,
     PlanArguments,
+    as_matrix,
     as_queries,
     attend_by_directory,
-    check_matrix,
     check_plan,
+    check_quantized_queries,
+    quantized_rows,
 )
 from l3ext._checks import integer, number
 from l3ext._operators import (
@@ -72,15 +75,15 @@ library.define(
 
 # --- functions ------------------------------------------------------------------------------------
 def segmented_attention(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    x: Array,
+    keys: Array,
+    values: Array,
     plan: Plan,
     scale: float = 1.0,
     *,
     sparse: bool = False,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    key_scales: Array | None = None,
+    value_scales: Array | None = None,
 ) -> Tensor:
     """Attention of every position to the rows of its own token.
 
@@ -90,6 +93,11 @@ def segmented_attention(
     and for inference: then row r stands for ``key_scales[r] * keys[r]`` and
     ``value_scales[r] * values[r]``, and nothing has a gradient. A scale that is NaN makes every
     output NaN that its row has a part in (a key's has none where its token owns one row).
+
+    Where a token owns one row the output is its value, whatever the logit: neither that row's key
+    nor the queries in ``x`` are read, and NaN or infinity there does not show.
+
+    NumPy arrays are taken as the tensors over their memory.
 
     On CUDA: float32, bfloat16 and float16; d_in and d_emb multiples of 64 up to 8192; rows of keys
     and values aligned to 16 bytes; at most 4096 rows a token, for gradients as many as the device's
@@ -121,13 +129,16 @@ def segmented_attention(
         TypeError: unequal or unsupported dtypes, a plan on another device.
         RuntimeError: a device that this build has no kernels for.
     """
-    check_matrix(x, "x")
-    quantized = isinstance(keys, Tensor) and keys.dtype in QUANTIZED_DTYPES
-    if quantized:
-        _check_quantized(x, keys, values, key_scales, value_scales)
+    x = as_matrix(x, "x")
+    same, rows = values is keys, None
+    if not isinstance(keys, Tensor):
+        keys = from_numpy(keys, "keys")
+    if keys.dtype in QUANTIZED_DTYPES:
+        rows = quantized_rows(x, keys, values, key_scales, value_scales)
+        values = rows[1]
     else:
-        check_matrix(keys, "keys", like=x)
-        check_matrix(values, "values", like=x)
+        keys = as_matrix(keys, "keys", like=x)
+        values = keys if same else as_matrix(values, "values", like=x)
         for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
             if scales is not None:
                 raise ValueError(f"{name}: expected None for keys of {keys.dtype}, got scales")
@@ -141,10 +152,7 @@ def segmented_attention(
         )
     check_plan(x, plan)
     scale = number(scale, "scale")
-    if quantized:
-        assert key_scales is not None
-        assert value_scales is not None
-        rows = (keys, values, key_scales, value_scales)
+    if rows is not None:
         if computes_at_once(plan, x, *rows):
             return _quantized_forward(x, *rows, plan, scale)
         operator = torch.ops.l3ext.quantized_attention.default
@@ -160,8 +168,8 @@ def segmented_attention(
 
 
 def table_attention(
-    x: Tensor,
-    table: Tensor,
+    x: Array,
+    table: Array,
     plan: Plan,
     *,
     tied: bool,
@@ -182,8 +190,8 @@ def table_attention(
     Returns:
         [N, d_emb], dtype of ``x``.
     """
-    check_matrix(x, "x")
-    check_matrix(table, "table", like=x)
+    x = as_matrix(x, "x")
+    table = as_matrix(table, "table", like=x)
     d_in = x.shape[1]
     if (table.shape[1] != d_in) if tied else (table.shape[1] <= d_in):
         wanted = f"{d_in}" if tied else f"more than {d_in}"
@@ -199,8 +207,8 @@ def table_attention(
 
 
 def directory_attention(
-    x: Tensor,
-    directory: Tensor,
+    x: Array,
+    directory: Array,
     plan: Plan,
     *,
     d_emb: int,
@@ -237,9 +245,9 @@ def directory_attention(
             shapes that do not fit.
         TypeError: a directory that is not int64 or lies elsewhere than ``x``.
     """
-    check_matrix(x, "x")
+    x = as_matrix(x, "x")
     if not isinstance(directory, Tensor):
-        raise TypeError(f"directory: expected a torch.Tensor, got {type(directory).__name__}")
+        directory = from_numpy(directory, "directory")
     for value, least, name in (
         (d_emb, 1, "d_emb"),
         (row_stride, 1, "row_stride"),
@@ -254,7 +262,7 @@ def directory_attention(
             raise ValueError(f"scale_offset: expected 0 for rows of {x.dtype}, got {scale_offset}")
     else:
         check_quantized_dtype(row_dtype, "row_dtype")
-        _check_quantized_queries(x, row_dtype)
+        check_quantized_queries(x, row_dtype)
         if scale_offset < 1:
             raise ValueError(
                 f"scale_offset: expected 1 or more for {row_dtype}, got {scale_offset}"
@@ -264,41 +272,6 @@ def directory_attention(
         return attend_by_directory(x, directory, plan, *layout)
     operator = torch.ops.l3ext.directory_attention.default
     return dispatch(operator, (x, directory), *plan._arrays(), *layout)
-
-
-def _check_quantized(
-    x: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None
-) -> None:
-    _check_quantized_queries(x, keys.dtype)
-    if not isinstance(values, Tensor) or values.dtype != keys.dtype:
-        got = getattr(values, "dtype", type(values).__name__)
-        raise TypeError(f"values: expected {keys.dtype}, the dtype of keys, got {got}")
-    for rows, name in ((keys, "keys"), (values, "values")):
-        if rows.ndim != 2:
-            raise ValueError(f"{name}: expected a matrix, got shape {list(rows.shape)}")
-    for scales, name in ((key_scales, "key_scales"), (value_scales, "value_scales")):
-        if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
-            got = getattr(scales, "dtype", type(scales).__name__)
-            raise TypeError(f"{name}: expected torch.float32 for {keys.dtype} rows, got {got}")
-        if list(scales.shape) != [keys.shape[0]]:
-            raise ValueError(
-                f"{name}: expected shape [{keys.shape[0]}], a scale for each row of keys, got "
-                f"{list(scales.shape)}"
-            )
-    arrays = {"keys": keys, "values": values, "key_scales": key_scales}
-    for name, tensor in (arrays | {"value_scales": value_scales}).items():
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{name}: expected device {x.device}, got {tensor.device}")
-
-
-def _check_quantized_queries(x: Tensor, row_dtype: torch.dtype) -> None:
-    if x.dtype == torch.float64:
-        raise TypeError(
-            f"x: expected float32, bfloat16 or float16 for {row_dtype} rows, whose sums are "
-            "float32, got torch.float64"
-        )
-    if x.is_cuda:
-        raise RuntimeError(f"x: expected the CPU, which {row_dtype} rows need, got {x.device}")
 
 
 def _check_sparse(**tables: Tensor) -> None:

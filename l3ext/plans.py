@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from l3ext import _C
-from l3ext._arrays import host_integers
+from l3ext._arrays import as_tensor, host_integers
 from l3ext._checks import integer
 from l3ext._operators import as_device, check_device, kernel, library, queue
 
@@ -168,8 +167,8 @@ def plan(
             with ``offsets[V]`` rows. A tensor on the device of the ids; a NumPy array is copied
             there.
         max_rows: the most rows that any token owns, or more. None: read from ``offsets``, for
-            which a tensor on a device is waited for; inside a graph capture, or compiled for
-            CUDA, it must be given.
+            which a tensor on a device is waited for; on the meta device, inside a graph capture,
+            or compiled for CUDA, it must be given.
 
     Returns:
         The plan for the N positions in flat (row-major) order.
@@ -199,10 +198,13 @@ def make_plan(token_ids: Tensor, offsets: Tensor, *, max_rows: int, check_offset
     return Plan(*fields)
 
 
+_IDS = "a tensor, a NumPy array or a list of integers"
+
+
 def as_ids(token_ids: Any) -> Tensor:
     """Token ids of any shape as an int32 or int64 tensor, where they lie."""
-    ids = _as_tensor(token_ids, "token_ids")
-    if ids.numel() == 0 and not isinstance(token_ids, (Tensor, np.ndarray)):
+    ids = as_tensor(token_ids, "token_ids", _IDS)
+    if ids.numel() == 0 and ids.is_floating_point():
         ids = ids.to(torch.int64)  # an empty list has no dtype of its own
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"token_ids: expected an integer dtype, got {ids.dtype}")
@@ -216,35 +218,12 @@ def as_ids(token_ids: Any) -> Tensor:
 
 def as_offsets(offsets: Any) -> Tensor:
     """Offsets as a tensor int64 [V+1], without a copy."""
-    tensor = offsets if isinstance(offsets, Tensor) else _borrow(offsets)
+    tensor = offsets if isinstance(offsets, Tensor) else as_tensor(offsets, "offsets", _IDS)
     if tensor.dtype != torch.int64:
         raise TypeError(f"offsets: expected int64, got {tensor.dtype}")
     if tensor.ndim != 1 or tensor.shape[0] < 1:
         raise ValueError(f"offsets: expected shape [V+1], got {list(tensor.shape)}")
     return tensor
-
-
-def _borrow(array: Any) -> Tensor:
-    with warnings.catch_warnings():
-        # An allocation's arrays are read-only, of which torch warns; the plan only reads them.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return _as_tensor(array, "offsets")
-
-
-def _as_tensor(array: Any, argument: str) -> Tensor:
-    """``torch.as_tensor``, whose errors do not say of what."""
-    if isinstance(array, Tensor):
-        return array
-    if isinstance(array, np.ndarray) and any(stride < 0 for stride in array.strides):
-        array = np.ascontiguousarray(array)  # torch has no such strides
-    try:
-        return torch.as_tensor(array)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(
-            f"{argument}: expected a tensor, a NumPy array or a list of integers, got "
-            f"{type(array).__name__}: {error}"
-        ) from error
 
 
 def _most_rows(offsets: Tensor, device: torch.device) -> int:
@@ -254,10 +233,14 @@ def _most_rows(offsets: Tensor, device: torch.device) -> int:
     compiling = torch.compiler.is_compiling()
     if compiling and device.type == "cpu":
         return -1
-    if compiling or (offsets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if (
+        compiling
+        or offsets.is_meta
+        or (offsets.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        where = "" if offsets.is_meta else " in compiled code and inside a graph capture"
         raise RuntimeError(
-            f"max_rows: expected an int on {device} in compiled code and inside a graph capture, "
-            "where offsets cannot be read, got None"
+            f"max_rows: expected an int on {device}{where}, where offsets cannot be read, got None"
         )
     return int(torch.diff(offsets).max())
 

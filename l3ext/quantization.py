@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from l3ext._arrays import Array, from_numpy
 from l3ext._checks import integer
 
 #: The storage dtypes and the largest value of each that is used: int8 symmetrically.
@@ -104,7 +106,7 @@ class QuantizedTable:
 
 
 def quantize_rows(
-    table: Tensor, d_in: int, dtype: torch.dtype = torch.int8, *, tied: bool = False
+    table: Array, d_in: int, dtype: torch.dtype = torch.int8, *, tied: bool = False
 ) -> QuantizedTable:
     """Store a table's rows in 8 bits with one scale a row for the keys and one for the values.
 
@@ -128,6 +130,8 @@ def quantize_rows(
             which one.
     """
     check_quantized_dtype(dtype)
+    if isinstance(table, np.ndarray):
+        table = from_numpy(table, "table")
     if not isinstance(table, Tensor) or not table.dtype.is_floating_point or table.itemsize == 1:
         got = getattr(table, "dtype", type(table).__name__)
         raise TypeError(f"table: expected float64, float32, bfloat16 or float16, got {got}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from l3ext import _C
+from l3ext._arrays import Array, from_numpy
 from l3ext._checks import check_flags, integer, number, whole_numbers
 from l3ext._operators import current_stream
 from l3ext._runtimes import (
@@ -85,7 +86,7 @@ class Rows:
     #: they are read where the table lies: no step's end takes them away
     in_place: bool = dataclasses.field(default=False, kw_only=True)
 
-    def attend(self, x: Tensor, scale: float = 1.0) -> Tensor:
+    def attend(self, x: Array, scale: float = 1.0) -> Tensor:
         """:func:`l3ext.segmented_attention` of all positions, wherever their rows are.
 
         Where a gradient will be asked for, it is given also after the step's end: rows that are not
@@ -100,7 +101,9 @@ class Rows:
         """
         scale = number(scale, "scale")
         rows = self
-        if self.key_scales is None and isinstance(x, Tensor):
+        if not isinstance(x, Tensor):
+            x = from_numpy(x, "x")
+        if self.key_scales is None:
             x = x.to(self.keys.dtype)
             if x.requires_grad and torch.is_grad_enabled() and not self.in_place:
                 rows = self._kept()
@@ -245,13 +248,14 @@ class PrefetchRuntime(ClosedByWith):
             All share a vocabulary; their allocations may differ.
         device: where attention runs: "cpu" or a CUDA device.
         cache_bytes: bytes for the hot sets, split evenly over the layers: the rows of the tokens
-            that occur most often are loaded now and stay.
+            that occur most often are loaded now and stay. Of no use where tables are ``in_place``.
         ring_bytes: bytes for the rows of open steps, split evenly over the layers; at most twice
             the table is used. What a step fetched stays there until the ring comes round, and
             serves later steps ("reused" in the ledger). A layer's rows that do not fit go to a
             buffer of their own for that step ("spilled").
         in_place: tables in RAM are read where they lie if attention runs on the CPU: nothing is
-            fetched, and hot set and ring are not needed.
+            fetched, hot set and ring are not needed, and the ledger counts neither hits nor bytes
+            but ``in_place_bytes``.
         near_data: positions whose rows are neither in the hot set nor in the ring attend on the
             host, over the table in RAM where it lies; their queries and results travel instead of
             the rows. On the CPU the same bits; on a GPU other kernels sum, in another order.

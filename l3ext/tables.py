@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from l3ext import _C
-from l3ext._checks import all_of, check_flags, whole_numbers
+from l3ext._arrays import from_numpy
+from l3ext._checks import all_of, check_flags, file_path, whole_numbers
 from l3ext.quantization import QuantizedTable
 
 
@@ -42,17 +43,19 @@ class LookupTable:
         TypeError: arguments of other types, or a tensor on the meta device.
     """
 
-    #: [v, d_in + d_emb] keys and values row by row, [v, d_in] if tied, contiguous; or quantised,
-    #: with this d_in and tied
+    #: [v, d_in + d_emb] keys and values row by row, [v, d_in] if tied, contiguous (a NumPy array
+    #: becomes the tensor over its memory); or quantised, with this d_in and tied
     data: Tensor | QuantizedTable
     allocation: RowAllocation  #: who owns which rows
     d_in: int  #: width of the keys
     tied: bool = False  #: the values are the keys
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, np.ndarray):
+            object.__setattr__(self, "data", from_numpy(self.data, "data"))
         if not isinstance(self.data, (Tensor, QuantizedTable)):
             raise TypeError(
-                "data: expected a torch.Tensor or l3ext.QuantizedTable, got "
+                "data: expected a torch.Tensor, a NumPy array or l3ext.QuantizedTable, got "
                 f"{type(self.data).__name__}"
             )
         rows = self.data if isinstance(self.data, Tensor) else self.data.storage
@@ -95,7 +98,7 @@ def save_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> 
         ValueError, TypeError: tables that do not fit their allocation.
         OSError: with the path, where it cannot be written.
     """
-    _C.write_table_file(os.fspath(path), native_tables(tables))
+    _C.write_table_file(file_path(path), native_tables(tables))
 
 
 def check_same_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable]) -> None:
@@ -105,7 +108,7 @@ def check_same_tables(path: str | os.PathLike[str], tables: Sequence[LookupTable
         ValueError: it holds others; says which and in what they differ.
         OSError: it is no table file, or damaged.
     """
-    path, natives = os.fspath(path), native_tables(tables)
+    path, natives = file_path(path), native_tables(tables)
     stored = _C.TableFile(path, _C.DirectIo.OFF, _C.IoEngine.AUTO).tables()
     if len(stored) != len(natives):
         raise ValueError(f"{path}: expected {len(natives)} tables, the file has {len(stored)}")

@@ -94,6 +94,15 @@ def test_tokens_that_are_none(counter, tokens, error, message):
     assert_rejected(counter, error, message, tokens)
 
 
+@pytest.mark.parametrize("empty", [np.array([]), np.zeros(0, np.float32), torch.tensor([])])
+def test_no_tokens_have_any_float_dtype(counter, empty):
+    before = counter.num_tokens
+    counter.update(empty)
+    counter.update(empty, offsets=[0, 0])
+    assert counter.num_tokens == before
+    assert_rejected(counter, TypeError, "expected integers, got dtype bool", np.zeros(0, bool))
+
+
 def test_an_array_on_a_device(counter):
     class DeviceArray:
         def __dlpack_device__(self):
@@ -142,6 +151,14 @@ def test_a_path_that_names_no_file(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="expected a file's path"):
         l3ext.Allocation.from_rows([1]).save(path)
+
+
+@pytest.mark.parametrize("path", [5, None, 1.5])
+def test_what_is_no_path(counter, path):
+    allocation = l3ext.Allocation.from_rows([1])
+    for call in (allocation.save, l3ext.Allocation.load, counter.save, l3ext.LZWCounter.load):
+        with pytest.raises(TypeError, match=f"path: expected a path .*PathLike., got {path}"):
+            call(path)
 
 
 def test_a_path_of_bytes(tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -278,6 +279,31 @@ def test_record_steps_bounds_the_ledger():
         runtime.begin([1]).end()
         assert runtime.ledger.steps == []
         assert runtime.ledger.totals.steps == 1
+
+
+def test_the_ledger_is_a_sequence_of_its_steps():
+    with PrefetchRuntime([make_table(4)], record_steps=2) as runtime:
+        assert len(runtime.ledger) == 0
+        assert list(runtime.ledger) == []
+        for _ in range(3):
+            runtime.begin([1]).end()
+        assert len(runtime.ledger) == 2
+        assert list(runtime.ledger) == runtime.ledger.steps
+        assert repr(runtime.ledger).startswith("Ledger(2 steps kept, LedgerTotals(steps=3, tokens=")
+        with pytest.raises(TypeError, match=r"path: expected a path .* got None"):
+            runtime.ledger.to_chrome_trace(None)
+
+
+def test_a_table_in_a_numpy_array_is_used_in_place():
+    table = make_table(VOCAB)
+    array = table.data.numpy().copy()
+    array.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = LookupTable(array, table.allocation, table.d_in)
+    assert same.data.data_ptr() == array.ctypes.data
+    with PrefetchRuntime([same]) as runtime, runtime.begin([3, 1]) as step:
+        assert rows_match(step.wait(0), table, [3, 1])
 
 
 def test_chrome_trace(tmp_path):

@@ -62,7 +62,7 @@ def test_what_is_no_device_no_layer_and_no_scale(runtime):
             step.wait("0")
         with pytest.raises(TypeError, match="scale: expected a number, got None"):
             step.wait(0).attend(torch.zeros(1, table.d_in), scale=None)
-        with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got NoneType"):
+        with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor or .* got NoneType"):
             step.wait(0).attend(None)
 
 
@@ -115,7 +115,7 @@ def test_what_is_no_table(runtime):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": None}, r"data: expected a torch\.Tensor .* got NoneType"),
+        ({"data": None}, r"data: expected a torch\.Tensor, a NumPy .* got NoneType"),
         (
             {"data": torch.empty(3, 37, device="meta")},
             r"data: .* in host memory, got one on meta",
@@ -156,12 +156,15 @@ def test_what_is_no_list_of_tables(path, wrong):
             use(path, wrong)
 
 
-def test_queries_that_are_no_tensor():
+@pytest.mark.parametrize("runtime", [PrefetchRuntime, l3ext.GraphRuntime])
+def test_queries_in_a_numpy_array(runtime):
     table = make_table(VOCAB)
-    with PrefetchRuntime([table]) as runtime, runtime.begin([1]) as step:
+    x = np.ones((1, table.d_in), np.float32)
+    with runtime([table]) as opened, opened.begin([1]) as step:
         rows = step.wait(0)
-        with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got ndarray"):
-            rows.attend(np.zeros((1, table.d_in), np.float32))
+        assert torch.equal(rows.attend(x), rows.attend(torch.from_numpy(x)))
+        with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor or .* got list"):
+            rows.attend(x.tolist())
 
 
 def test_bad_tables():
@@ -178,10 +181,8 @@ def test_bad_tables():
         PrefetchRuntime([LookupTable(good.data.to(torch.int32), good.allocation, 24)])
     with pytest.raises(ValueError, match="more than d_in = 37 columns"):
         PrefetchRuntime([LookupTable(good.data, good.allocation, 37)])
-    with pytest.raises(
-        TypeError, match=r"data: expected a torch\.Tensor or l3ext\.QuantizedTable, got ndarray"
-    ):
-        PrefetchRuntime([LookupTable(good.data.numpy(), good.allocation, 24)])
+    with pytest.raises(TypeError, match=r"data: expected a torch\.Tensor, a NumPy .* got list"):
+        PrefetchRuntime([LookupTable(good.data.tolist(), good.allocation, 24)])
     falling = Owners(np.array([3, -1, 2]))
     with pytest.raises(ValueError, match=r"offsets\[2\]: expected at least 3.*got 2"):
         PrefetchRuntime([LookupTable(good.data[:4], falling, 24)])
