@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from l3ext._checks import integer, number
+from l3ext._arrays import Array, from_numpy
+from l3ext._checks import check_flags, integer, number
 from l3ext._operators import as_device
 from l3ext.allocation import Allocation
 from l3ext.ops import segmented_attention, table_attention
@@ -18,6 +20,9 @@ _TABLE_GONE = (
     "this layer's table has been moved out of the model by l3ext.offload: pass rows=, "
     "or run the model, which fetches them"
 )
+
+
+_AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def _buffer_name(dtype: torch.dtype) -> str:
@@ -57,7 +62,7 @@ class L3Layer(nn.Module):
         quantized: the table in 8 bits, after :meth:`quantize_`; else None.
 
     Raises:
-        ValueError: a width below 1, or ``tied`` with ``d_emb != d_model``.
+        ValueError: a width below 1, ``tied`` with ``d_emb != d_model``, or an ``eps`` below 0.
     """
 
     table: nn.Parameter | None
@@ -78,8 +83,10 @@ class L3Layer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, width in (("d_model", d_model), ("d_emb", d_emb), ("d_up", d_up)):
-            integer(width, name, 1)
+        d_model = integer(d_model, "d_model", 1)
+        d_emb = integer(d_emb, "d_emb", 1)
+        d_up = integer(d_up, "d_up", 1)
+        check_flags(tied=tied, sparse=sparse)
         if tied and d_emb != d_model:
             raise ValueError(f"d_emb: a tied table needs d_emb == d_model = {d_model}, got {d_emb}")
         if not isinstance(allocation, Allocation):
@@ -91,9 +98,10 @@ class L3Layer(nn.Module):
         if device is not None:
             device = as_device(device, "device")
         eps = number(eps, "eps")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps: expected 0 or more, and finite, got {eps}")
         self.d_model, self.d_emb, self.d_up = d_model, d_emb, d_up
-        self.tied = tied
-        self.sparse = sparse
+        self.tied, self.sparse = bool(tied), bool(sparse)
         self.allocation = allocation
         self.max_rows = allocation.max_rows
         factory: Any = {"device": device, "dtype": dtype}
@@ -139,7 +147,7 @@ class L3Layer(nn.Module):
         # They are not in it, and a layer that was made on the meta device has none yet.
         self._fill_offsets()
 
-    def plan(self, token_ids: Tensor) -> Plan:
+    def plan(self, token_ids: Any) -> Plan:
         """The plan of these token ids, for all layers with this allocation."""
         ids = as_ids(token_ids)
         return make_plan(ids, self.offsets, max_rows=self.max_rows, check_offsets=False)
@@ -212,8 +220,8 @@ class L3Layer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        token_ids: Tensor | None = None,
+        x: Array,
+        token_ids: Any = None,
         *,
         plan: Plan | None = None,
         rows: LayerRows | None = None,
@@ -221,8 +229,10 @@ class L3Layer(nn.Module):
         """Apply the layer.
 
         Args:
-            x: [..., d_model], one position per token id.
-            token_ids: integers, shape of ``x`` without its last dimension; or
+            x: [..., d_model], one position per token id; dtype of the parameters, but under
+                autocast, or a NumPy array of it.
+            token_ids: integers, shape of ``x`` without its last dimension: a tensor, a NumPy array
+                or a list; or
             plan: their plan; or
             rows: fetched rows with their plan.
 
@@ -230,16 +240,22 @@ class L3Layer(nn.Module):
             [..., d_model], dtype of ``x``.
         """
         if sum(given is not None for given in (token_ids, plan, rows)) != 1:
-            raise ValueError("expected exactly one of token_ids, plan and rows")
-        tensors = {"x": x} if token_ids is None else {"x": x, "token_ids": token_ids}
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+            given = {"token_ids": token_ids, "plan": plan, "rows": rows}
+            names = [name for name, value in given.items() if value is not None]
+            raise ValueError(
+                "token_ids, plan, rows: expected exactly one of them, got "
+                f"{' and '.join(names) or 'none'}"
+            )
+        if not isinstance(x, Tensor):
+            x = from_numpy(x, "x")
+        self._check_dtype(x)
         if x.ndim == 0 or x.shape[-1] != self.d_model:
             raise ValueError(
                 f"x: expected {self.d_model} in the last dimension, got shape {list(x.shape)}"
             )
         if token_ids is not None:
+            if not isinstance(token_ids, Tensor):
+                token_ids = as_ids(token_ids).to(x.device)
             if token_ids.shape != x.shape[:-1]:
                 raise ValueError(
                     f"token_ids: expected shape {list(x.shape[:-1])}, got {list(token_ids.shape)}"
@@ -250,6 +266,15 @@ class L3Layer(nn.Module):
         up = self.up(self._attend(q, plan, rows).to(self.up.weight.dtype))
         up = self.norm_out(up.to(self.norm_out.weight.dtype))
         return self.mix(torch.cat([up.view(*x.shape[:-1], self.d_up).to(x.dtype), x], dim=-1))
+
+    def _check_dtype(self, x: Tensor) -> None:
+        wanted = self.mix.weight.dtype
+        if x.dtype == wanted:
+            return
+        # It converts between these alone.
+        if torch.is_autocast_enabled(x.device.type) and {x.dtype, wanted} <= _AUTOCAST_DTYPES:
+            return
+        raise TypeError(f"x: expected {wanted}, the dtype of the layer's weights, got {x.dtype}")
 
     def _attend(self, q: Tensor, plan: Plan | None, rows: LayerRows | None) -> Tensor:
         if rows is not None:

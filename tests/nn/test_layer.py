@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -139,7 +141,11 @@ def test_gradients_of_an_empty_batch():
         ((None, 4, 4), TypeError, "d_model: expected an int, got None"),
         ((4, "4", 4), TypeError, "d_emb: expected an int, got '4'"),
         ((4, 4, 4.0), TypeError, r"d_up: expected an int, got 4\.0"),
+        ((4, 4, 4, "no"), TypeError, "tied: expected True or False, got 'no'"),
         ((4, 4, 4, False, None), TypeError, "eps: expected a number, got None"),
+        ((4, 4, 4, False, -5.0), ValueError, r"eps: expected 0 or more, and finite, got -5\.0"),
+        ((4, 4, 4, False, float("nan")), ValueError, "eps: expected 0 or more, .* got nan"),
+        ((4, 4, 4, False, float("inf")), ValueError, "eps: expected 0 or more, .* got inf"),
         ((4, 5, 4, True), ValueError, "d_emb: a tied table needs d_emb == d_model = 4, got 5"),
     ],
 )
@@ -147,6 +153,42 @@ def test_wrong_sizes(arguments, error, message):
     d_model, d_emb, d_up, *tied = arguments
     with pytest.raises(error, match=message):
         L3Layer(d_model, d_emb, d_up, Allocation.from_rows(ROWS), *tied)
+
+
+def test_widths_of_other_integer_types_are_ints():
+    layer = L3Layer(torch.tensor(8), np.int64(4), torch.tensor(6), Allocation.from_rows(ROWS))
+    for width in (layer.d_model, layer.d_emb, layer.d_up):
+        assert type(width) is int
+    assert layer.mix.in_features == 14
+    assert "d_model=8, d_emb=4, d_up=6" in repr(layer)
+
+
+def test_arrays_and_lists_are_as_good_as_tensors():
+    layer = make_layer()
+    x, ids = torch.randn(2, 5, 16, dtype=torch.float64), torch.arange(10).reshape(2, 5) % 6
+    want = layer(x, ids)
+    for same in (ids.numpy(), ids.tolist(), ids.to(torch.uint8)):
+        assert torch.equal(layer(x, same), want)
+        assert torch.equal(layer(x, plan=layer.plan(same)), want)
+    fixed = x.numpy()
+    fixed.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(layer(fixed, ids), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_x_has_the_dtype_of_the_weights(dtype):
+    layer = make_layer(dtype=torch.float32)
+    x, ids = torch.ones(3, 16, dtype=dtype), torch.tensor([0, 3, 5])
+    with pytest.raises(TypeError, match=f"x: expected torch.float32, the dtype .* got {dtype}"):
+        layer(x, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if dtype == torch.bfloat16:
+            assert torch.isfinite(layer(x, ids)).all()
+        else:
+            with pytest.raises(TypeError, match=r"x: expected torch\.float32, the dtype of"):
+                layer(x, ids)
 
 
 def test_wrong_calls():
@@ -162,11 +204,11 @@ def test_wrong_calls():
         layer.restore_table(None)
     with pytest.raises(TypeError, match=r"rows: expected those of a step, got str"):
         layer(x, rows="rows")
-    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor or .* got NoneType"):
         layer(None, ids)
-    with pytest.raises(ValueError, match="exactly one of token_ids, plan and rows"):
+    with pytest.raises(ValueError, match=r"token_ids, plan, rows: expected exactly .* none"):
         layer(x)
-    with pytest.raises(ValueError, match="exactly one of token_ids, plan and rows"):
+    with pytest.raises(ValueError, match="expected exactly one of them, got token_ids and plan"):
         layer(x, ids, plan=layer.plan(ids))
     with pytest.raises(ValueError, match=r"x: expected 16 in the last dimension.* \[2, 5, 8\]"):
         layer(x[..., :8], ids)
@@ -174,9 +216,9 @@ def test_wrong_calls():
         layer(x, ids.reshape(-1))
     with pytest.raises(ValueError, match=r"x: expected 16 in the last dimension, got shape \[\]"):
         layer(x.sum(), ids)
-    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor, got ndarray"):
-        layer(x.numpy(), ids)
-    with pytest.raises(TypeError, match=r"token_ids: expected a torch.Tensor, got list"):
-        layer(x, ids.tolist())
+    with pytest.raises(TypeError, match=r"x: expected a torch.Tensor or a NumPy .* got list"):
+        layer(x.tolist(), ids)
+    with pytest.raises(TypeError, match=r"token_ids: expected a tensor, .* got str"):
+        layer(x, "ids")
     with pytest.raises(ValueError, match="got 6 at position 0"):
         layer(x, ids + 6)
