@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from l3ext import models as models
+    from l3ext import nn as nn
     from l3ext.allocation import Allocation, LZWCounter, allocate
     from l3ext.graph_runtime import GraphRuntime
     from l3ext.nn import L3Layer
@@ -53,12 +55,16 @@ _HOMES = {
     "PrefetchRuntime": "l3ext.runtime",
     "LookupTable": "l3ext.tables",
 }
+# Modules that load the same way.
+_MODULES = {"models", "nn"}
 _NATIVE_FACTS = {"__version__": "version", "has_cuda": "has_cuda"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        return import_module(f"l3ext.{name}")  # which sets the name
     elif name in _NATIVE_FACTS:
         # torch first, as in every module that imports _C: the native module then shares torch's
         # OpenMP runtime instead of bringing a second one, whose threads would compete with
@@ -72,4 +78,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -45,6 +45,23 @@ def test_help_does_not_import_torch():
     assert all(name in done.stdout for name in COMMANDS)
 
 
+def test_modules_load_when_they_are_asked_for():
+    line, environment = command()
+    probe = (
+        "import sys, l3ext\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "assert {'models', 'nn', 'L3Layer'} <= set(dir(l3ext))\n"
+        "assert l3ext.nn.L3Layer is l3ext.L3Layer\n"
+        "assert l3ext.nn is sys.modules['l3ext.nn']\n"
+        "assert 'transformers' not in sys.modules\n"
+        "assert l3ext.models.L3LlamaConfig.model_type == 'l3_llama'\n"
+    )
+    done = subprocess.run(
+        [line[0], "-c", probe], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_commands_and_options():
     assert invoke("fly").exit_code == 2
     assert "No such option" in invoke("doctor", "--fast").stderr
