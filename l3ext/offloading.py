@@ -20,7 +20,7 @@ from l3ext.tables import LookupTable, check_same_tables, save_tables
 def offload(
     model: nn.Module,
     tier: Literal["ram", "disk"],
-    path: str | os.PathLike[str] | None = None,
+    path: str | bytes | os.PathLike[str] | None = None,
     cache_bytes: int = 0,
     device: torch.device | str | None = None,
     *,
@@ -33,7 +33,7 @@ def offload(
 def offload(
     model: nn.Module,
     tier: Literal["ram"],
-    path: str | os.PathLike[str] | None = None,
+    path: str | bytes | os.PathLike[str] | None = None,
     cache_bytes: int = 0,
     device: torch.device | str | None = None,
     *,
@@ -45,7 +45,7 @@ def offload(
 def offload(
     model: nn.Module,
     tier: Literal["ram", "disk"],
-    path: str | os.PathLike[str] | None = None,
+    path: str | bytes | os.PathLike[str] | None = None,
     cache_bytes: int = 0,
     device: torch.device | str | None = None,
     *,
