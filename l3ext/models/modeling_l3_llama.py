@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
@@ -163,12 +164,11 @@ class L3LlamaModel(L3LlamaPreTrainedModel, LlamaModel):
         allocation = self.config.allocation
         assert allocation is not None
         frequency = allocation.frequency
-        with torch.no_grad():
-            self.get_buffer(ROWS).copy_(torch.tensor(allocation.rows))
-            if frequency is None:
-                self.get_buffer(FREQUENCY).fill_(-1)
-            else:
-                self.get_buffer(FREQUENCY).copy_(torch.tensor(frequency))
+        if frequency is None:
+            frequency = np.full(allocation.vocab_size, -1)
+        # By transformers' copy, which leaves what has been loaded, to be checked.
+        init.copy_(self.get_buffer(ROWS), torch.tensor(allocation.rows))
+        init.copy_(self.get_buffer(FREQUENCY), torch.tensor(frequency))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any, **options: Any
