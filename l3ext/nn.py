@@ -268,6 +268,8 @@ class L3Layer(nn.Module):
         return self.mix(torch.cat([up.view(*x.shape[:-1], self.d_up).to(x.dtype), x], dim=-1))
 
     def _check_dtype(self, x: Tensor) -> None:
+        if type(self.mix) is not nn.Linear:  # quantised, say, by a library that replaces modules
+            return
         wanted = self.mix.weight.dtype
         if x.dtype == wanted:
             return

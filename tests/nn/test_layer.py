@@ -177,6 +177,24 @@ def test_arrays_and_lists_are_as_good_as_tensors():
         assert torch.equal(layer(fixed, ids), want)
 
 
+def test_a_module_in_place_of_a_weight_has_the_say_over_dtypes():
+    layer = make_layer(dtype=torch.float32)
+    x, ids = torch.randn(3, 16), torch.tensor([0, 3, 5])
+
+    class Packed(torch.nn.Linear):
+        """Stores its weight in 8 bits, as libraries for quantisation do."""
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 64)
+
+    packed = Packed(36, 16, bias=False)
+    packed.weight = torch.nn.Parameter((layer.mix.weight * 64).round().to(torch.int8), False)
+    layer.mix.weight = torch.nn.Parameter(packed.weight.float() / 64)
+    expected = layer(x, ids)
+    layer.mix = packed
+    assert torch.equal(layer(x, ids), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
 def test_x_has_the_dtype_of_the_weights(dtype):
     layer = make_layer(dtype=torch.float32)
