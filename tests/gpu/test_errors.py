@@ -99,22 +99,32 @@ def test_tables_by_columns_are_refused_and_not_copied(device, step):
         attend(by_columns)
 
 
-@CUDA
 def test_arrays_that_lie_apart(device, step):
-    plan = steps.plan_of(step)
-    with pytest.raises(TypeError, match="offsets: expected an array on cuda:0, where token_ids"):
-        l3ext.plan(step.token_ids, step.offsets.cpu())
-    with pytest.raises(TypeError, match="offsets: expected an array in host memory"):
-        l3ext.plan(step.token_ids.cpu(), step.offsets)
-    with pytest.raises(RuntimeError, match="keys: expected device cuda:0, got cpu"):
-        l3ext.segmented_attention(step.x, step.keys.cpu(), step.values, plan)
-    with pytest.raises(TypeError, match=r"plan\..*: expected an array on cuda:0, where x lies"):
-        l3ext.segmented_attention(step.x, step.keys, step.values, plan.to("cpu"))
-    with pytest.raises(TypeError, match=r"plan\..*: expected an array in host memory, where x"):
-        l3ext.segmented_attention(step.x.cpu(), step.keys.cpu(), step.values.cpu(), plan)
+    """On the CPU apart from torch's "meta", of which the same is said."""
+    here, plan = step.x.device, steps.plan_of(step)
+    there = torch.device("cpu" if here.type == "cuda" else "meta")
+    with pytest.raises(TypeError, match=f"^offsets: expected {here}, .*token ids lie, got {there}"):
+        l3ext.plan(step.token_ids, step.offsets.to(there), max_rows=30)
+    with pytest.raises(TypeError, match=f"^offsets: expected {there}, .*token ids lie, got {here}"):
+        l3ext.plan(step.token_ids.to(there), step.offsets)
+    with pytest.raises(RuntimeError, match=f"^keys: expected device {here}, got {there}"):
+        l3ext.segmented_attention(step.x, step.keys.to(there), step.values, plan)
+    with pytest.raises(TypeError, match=f"^plan: expected one on {here}, .*got one on {there}"):
+        l3ext.segmented_attention(step.x, step.keys, step.values, plan.to(there))
+    with pytest.raises(TypeError, match=f"^plan: expected one on {there}, .*got one on {here}"):
+        l3ext.segmented_attention(*(t.to(there) for t in (step.x, step.keys, step.values)), plan)
+
+
+@CUDA
+def test_a_directory_that_lies_apart(device, step):
     with pytest.raises(TypeError, match="directory: expected an array on cuda:0, where x lies"):
         directory_attention(
-            step.x, step.offsets.cpu(), plan, d_emb=64, row_stride=128, value_offset=64
+            step.x,
+            step.offsets.cpu(),
+            steps.plan_of(step),
+            d_emb=64,
+            row_stride=128,
+            value_offset=64,
         )
 
 
