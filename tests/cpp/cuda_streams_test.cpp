@@ -254,6 +254,22 @@ void a_device_measures_its_copies() {
   EXPECT(device->name() == "cuda:1" && device->index() == 1 && !device->is_host());
 }
 
+// The first batch of all, and one after some that went well.
+template <int MostBatches>
+void refused_batches_are_copied_one_by_one() {
+  const auto device = make_cuda_device(1);
+  if (fake_cudart::counts().batches < MostBatches) return;  // the time for it was over before
+  EXPECT(cudaGetLastError() == cudaSuccess);  // what would be taken for the next call's error
+  const CopyChoice& choice = *copy_choice(*device);
+  EXPECT(!choice.batched && contains(choice.text, "batch none"));
+  const DeviceBuffer rows(device, kBytes);
+  const Source source(*device, 1);
+  const auto queue = device->make_queue();
+  copy(*queue, rows, source);
+  queue->record()->wait();
+  EXPECT(all_are(rows.data(), kBytes, 1));
+}
+
 void memory_is_pinned_once() {
   const auto device = make_cuda_device(0, kBatched), second = make_cuda_device(1, kBatched);
   std::vector<unsigned char> table(kBytes);
@@ -427,6 +443,8 @@ int main() {
   RUN(([] { without_faults({.host_pointers = false}, without_host_addresses_no_kernel_copies); }));
   RUN(([] { without_faults({.driver = 12060}, an_old_driver_has_no_batches); }));
   RUN(([] { without_faults({}, a_device_measures_its_copies); }));
+  RUN(([] { without_faults({.most_batches = 0}, refused_batches_are_copied_one_by_one<0>); }));
+  RUN(([] { without_faults({.most_batches = 5}, refused_batches_are_copied_one_by_one<5>); }));
   RUN(checked<memory_is_pinned_once>);
   RUN(([] {
     without_faults({.read_only_pins = false, .lockable = 2 * kBytes},

@@ -18,7 +18,7 @@ struct CopyTiming {
   size_t bytes = 0;
   int64_t count = 0;
   double loop_us = 0;
-  double batch_us = 0;   // 0: the device has none
+  double batch_us = 0;   // 0: the device has none, or refuses them
   double kernel_us = 0;  // 0: it cannot read host memory by its host address
 };
 

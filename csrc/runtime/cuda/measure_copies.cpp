@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/cuda/check.hpp"
+#include "core/error.hpp"
 #include "runtime/cuda/calibrate.hpp"
 #include "runtime/cuda/copy_engines.hpp"
 #include "runtime/cuda/events.hpp"
@@ -71,7 +72,7 @@ struct Bench {
 std::vector<CopyTiming> measure_copies(Device& device) {
   const Scope scope(device.index());
   const Bench bench(device);
-  const bool batches = has_batches();
+  bool batches = has_batches();
   int host_addresses = 0;
   L3EXT_CUDA_CHECK(cudaDeviceGetAttribute(
       &host_addresses, cudaDevAttrCanUseHostPointerForRegisteredMem, device.index()));
@@ -91,7 +92,15 @@ std::vector<CopyTiming> measure_copies(Device& device) {
       }
       CopyTiming timing = {bytes, count};
       timing.loop_us = bench.time([&] { CopyEngines::copy_loop(copies, bench.stream); });
-      if (batches) timing.batch_us = bench.time([&] { engines.copy_batch(copies, bench.stream); });
+      if (batches) {
+        try {
+          timing.batch_us = bench.time([&] { engines.copy_batch(copies, bench.stream); });
+        } catch (const Error&) {  // refused: go on as where there are none
+          cudaGetLastError();
+          batches = false;
+          for (CopyTiming& earlier : timings) earlier.batch_us = 0;
+        }
+      }
       if (host_addresses != 0) {
         timing.kernel_us =
             bench.time([&] { fetch_blocks(copies, defaults.kernel_blocks, bench.stream); });

@@ -77,6 +77,7 @@ struct World {
   bool held = false, lost = false, capturing = false;
   cudaStream_t captured = nullptr;
   unsigned register_flags = 0;
+  cudaError_t last_error = cudaSuccess;  // of a refused batch; other calls leave none here
 };
 World world;
 thread_local int current_device = 0;
@@ -197,6 +198,7 @@ void reset(const Options& options) {
   world.faults.clear();
   world.held = world.lost = world.capturing = false;
   world.captured = nullptr;
+  world.last_error = cudaSuccess;
 }
 
 Counts counts() {
@@ -290,7 +292,10 @@ unsigned last_register_flags() {
 
 using namespace fake_cudart;
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  const Lock lock(world.mutex);
+  return std::exchange(world.last_error, cudaSuccess);
+}
 const char* cudaGetErrorString(cudaError_t) { return "a fake error"; }
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = world.options.driver;
@@ -540,6 +545,9 @@ cudaError_t cudaMemcpyBatchAsync(void* const* targets, const void* const* source
   if (!valid) {
     fault("a batch that CUDA refuses");
     return cudaErrorInvalidValue;
+  }
+  if (world.counts.batches >= world.options.most_batches) {
+    return world.last_error = cudaErrorInvalidValue;
   }
   ++world.counts.batches;
   std::vector<std::function<void()>> copies;

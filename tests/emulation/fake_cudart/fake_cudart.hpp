@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,6 +24,7 @@ struct Options {
   bool host_pointers = true;        // cudaDevAttrCanUseHostPointerForRegisteredMem
   size_t memory = size_t{1} << 30;  // of each device
   size_t lockable = size_t{1} << 30;
+  int most_batches = std::numeric_limits<int>::max();  // further ones are refused
 };
 
 // Forgets everything; what is still there, and faults that nobody took, go to stderr.
