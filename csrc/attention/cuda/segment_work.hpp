@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/cuda/schedule.hpp"
 #include "core/cuda/host_device.hpp"
@@ -22,13 +23,16 @@ struct SegmentWork {
   int32_t split;    // 1: a split segment
   int32_t wide;     // 1: a wide segment
   int32_t chunks[kChunkKinds];
+  int32_t reserved;  // 0: scans copy whole elements, and padding would be memory that nobody wrote
 };
+static_assert(std::has_unique_object_representations_v<SegmentWork>);
 
 L3EXT_HOST_DEVICE inline SegmentWork operator+(const SegmentWork& a, const SegmentWork& b) {
   return {a.weights + b.weights,
           a.split + b.split,
           a.wide + b.wide,
-          {a.chunks[0] + b.chunks[0], a.chunks[1] + b.chunks[1], a.chunks[2] + b.chunks[2]}};
+          {a.chunks[0] + b.chunks[0], a.chunks[1] + b.chunks[1], a.chunks[2] + b.chunks[2]},
+          0};
 }
 
 L3EXT_HOST_DEVICE inline bool is_split(int64_t rows, int64_t queries) {
