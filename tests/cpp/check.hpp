@@ -37,6 +37,7 @@ inline void run(const char* name, void (*test)()) {
     std::fprintf(stderr, "%s: unexpected exception: %s\n", name, error.what());
   }
   std::printf("%s %s\n", failures == before ? "ok    " : "FAILED", name);
+  std::fflush(stdout);  // a program that hangs later and is killed shall have said it
 }
 
 }  // namespace check
