@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import l3ext
+from l3ext._files import atomic_path
 from l3ext.bench import machine
 from l3ext.bench.timing import captured, clock_of, interleaved_seconds, paired_ratio, summarize
 
@@ -177,22 +178,21 @@ def main() -> None:
     torch.manual_seed(0)
     width = options.d_in + options.d_emb
     table = torch.empty(int(rows.sum()), width, dtype=dtype).normal_(std=0.02)
-    results = []
+    result = {
+        "machine": machine.describe(torch.device(options.device)),
+        "settings": {name: str(value) for name, value in vars(options).items()},
+        "lines": [],
+    }
     with torch.no_grad():
         for before in options.before:
             for hot in options.hot:
                 for batch in options.batch:
                     line = compare(options, batch, before, hot, table, owners, random, weights)
-                    results.append(line)
+                    result["lines"].append(line)
                     print("\n".join(lines(line)), flush=True)
-    if options.output is not None:
-        settings = {name: str(value) for name, value in vars(options).items()}
-        result = {
-            "machine": machine.describe(torch.device(options.device)),
-            "settings": settings,
-            "lines": results,
-        }
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+                    if options.output is not None:  # each time: what comes after may be stopped
+                        with atomic_path(options.output) as temporary:
+                            temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,3 +46,22 @@ def test_other_bits_are_an_error(program, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *SMALL.split(), "--dtype", "float32"])
     with pytest.raises(RuntimeError, match="expected the bits of the resident table"):
         program.main()
+
+
+def test_what_was_measured_stays_when_it_is_stopped(program, monkeypatch, tmp_path):
+    compare, calls = program.compare, []
+
+    def stopped(options, batch, before, *rest):
+        calls.append((before, batch))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return compare(options, batch, before, *rest)
+
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(program, "compare", stopped)
+    monkeypatch.setattr(sys, "argv", ["", *SMALL.split(), "--output", str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        program.main()
+    measured = [(line["before"], line["batch"]) for line in json.loads(path.read_text())["lines"]]
+    assert measured == calls[:3]
+    assert list(tmp_path.iterdir()) == [path]
