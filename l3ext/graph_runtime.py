@@ -51,8 +51,8 @@ from l3ext.quantization import QUANTIZED_DTYPES
 from l3ext.tables import LookupTable
 
 # Operators, so that compiled code and its graphs hold them. A runtime is a number to them; the
-# ticket, a tensor, is what makes attention depend on the fetch.
-library.define("fetch_rows(Tensor segment_tokens, Tensor num_segments, int runtime) -> Tensor")
+# ticket, int32 [1+N], is what makes attention depend on the fetch: how many tokens, and which.
+library.define("fetch_rows(Tensor num_segments, Tensor segment_tokens, int runtime) -> Tensor")
 library.define("end_fetch(Tensor ticket, int runtime) -> ()")
 library.define(
     f"fetched_attention(Tensor x, Tensor ticket, {PLAN}, int runtime, int layer, SymInt d_emb, "
@@ -112,7 +112,7 @@ class GraphRows:
     """One layer's rows of a step, wherever they are."""
 
     def __init__(self, step: GraphStep, layer: int) -> None:
-        self._ticket = step._ticket
+        self._step, self._ticket = step, step._ticket
         self._plan = step._plans[step._runtime._plan_of[layer]]
         self._runtime, self._layer = step._runtime._number, layer
         self._layout = step._runtime._layouts[layer]
@@ -143,6 +143,8 @@ class GraphRows:
         x = as_matrix(x, "x")
         check_plan(x, self._plan)
         place = (self._runtime, self._layer, layout.d_emb, number(scale, "scale"))
+        if self._layer == self._step._last:
+            self._step._is_joined = True
         if computes_at_once(self._plan, x, self._ticket):
             return _fetched_attention(x, self._ticket, self._plan, *place)
         operator = torch.ops.l3ext.fetched_attention.default
@@ -150,19 +152,24 @@ class GraphRows:
 
 
 class GraphStep(EndedByWith):
-    """The rows of one step, on their way. Ends with its ``with`` block."""
+    """The rows of one step, on their way. Ends with its ``with`` block.
+
+    In compiled code attention must have the last layer's rows, or :meth:`end` is an error there.
+    """
 
     def __init__(self, runtime: GraphRuntime, token_ids: Any) -> None:
         _check_home(runtime._number)
         ids = as_ids(token_ids).to(runtime._device)
         self._runtime = runtime
+        self._last = len(runtime._layouts) - 1
+        self._is_joined = False  # attention has had the rows of the last layer
         self._plans = [
             make_plan(ids, offsets, max_rows=max_rows, check_offsets=False)
             for offsets, max_rows in runtime._allocations
         ]
         plan = self._plans[0]  # any names the tokens
         self._ticket = torch.ops.l3ext.fetch_rows.default(
-            plan.segment_tokens, plan.num_segments, runtime._number
+            plan.num_segments, plan.segment_tokens, runtime._number
         )
 
     def wait(self, layer: int) -> GraphRows:
@@ -171,16 +178,24 @@ class GraphStep(EndedByWith):
         Raises:
             ValueError: no such layer.
         """
-        layers = len(self._runtime._layouts)
-        if not 0 <= integer(layer, "layer") < layers:
-            raise ValueError(f"layer: expected 0 to {layers - 1}, got {layer}")
+        if not 0 <= integer(layer, "layer") <= self._last:
+            raise ValueError(f"layer: expected 0 to {self._last}, got {layer}")
         return GraphRows(self, layer)
 
     def end(self) -> None:
         """Let the current stream wait for rows that nobody attended to, as a capture needs.
 
         Idempotent; nothing where attention has had the last layer's rows, and in a forked child.
+
+        Raises:
+            RuntimeError: compiled code in which attention has not.
         """
+        if torch.compiler.is_compiling() and not self._is_joined:
+            # An operator without a result would be dropped, or moved before the layers' attention.
+            raise RuntimeError(
+                f"step: expected compiled code to attend to layer {self._last}, the last, before "
+                "the step ends, as rows may still be on their way else"
+            )
         torch.ops.l3ext.end_fetch.default(self._ticket, self._runtime._number)
 
 
@@ -331,16 +346,17 @@ def _check_home(number: int) -> None:
 
 
 @torch.library.register_fake("l3ext::fetch_rows", lib=library)
-def _ticket(segment_tokens: Tensor, num_segments: Tensor, runtime: int) -> Tensor:
-    return segment_tokens.new_empty(1)
+def _ticket(num_segments: Tensor, segment_tokens: Tensor, runtime: int) -> Tensor:
+    return segment_tokens.new_empty(1 + segment_tokens.shape[0])
 
 
 @kernel("fetch_rows")
-def _fetch_rows(segment_tokens: Tensor, num_segments: Tensor, runtime: int) -> Tensor:
+def _fetch_rows(num_segments: Tensor, segment_tokens: Tensor, runtime: int) -> Tensor:
     _, native = _runtime(runtime)
-    ticket = _ticket(segment_tokens, num_segments, runtime)
-    stream = current_stream(ticket.device)
-    native.begin(segment_tokens, num_segments, ticket.data_ptr(), stream)
+    # The branch reads it beside the layers, in which compiled code may free the plan's arrays; the
+    # ticket goes to every attention, and so it lives until the last has joined the branch.
+    ticket = torch.cat([num_segments, segment_tokens])
+    native.begin(ticket, current_stream(ticket.device))
     return ticket
 
 

@@ -31,18 +31,16 @@ void check_place(const TensorArg& array, const char* argument, const Device& dev
   }
 }
 
-void begin(GraphRuntime& runtime, const TensorArg& tokens, const TensorArg& num_tokens,
-           uintptr_t step, uintptr_t stream) {
-  for (const auto& [array, name] : {std::pair{&tokens, "tokens"}, {&num_tokens, "num_tokens"}}) {
-    check_place(*array, name, runtime.device());
-    check_dtype(array->view(), name, DType::kInt32);
-    check_shape(array->view(), name, {-1});
-    check_contiguous(array->view(), name);
-  }
-  check_shape(num_tokens.view(), "num_tokens", {1});
+// `ticket`: how many tokens, then these, behind them any. Its address tells steps apart.
+void begin(GraphRuntime& runtime, const TensorArg& ticket, uintptr_t stream) {
+  check_place(ticket, "ticket", runtime.device());
+  check_dtype(ticket.view(), "ticket", DType::kInt32);
+  check_shape(ticket.view(), "ticket", {-1});
+  check_contiguous(ticket.view(), "ticket");
+  L3EXT_CHECK(ticket->shape[0] >= 1, "ticket: expected the number of tokens first, got none");
   py::gil_scoped_release release;
-  runtime.begin(tokens->as<int32_t>(), num_tokens->as<int32_t>(), tokens->shape[0], stream_of(step),
-                stream_of(stream));
+  const auto* count = ticket->as<int32_t>();
+  runtime.begin(count + 1, count, ticket->shape[0] - 1, count, stream_of(stream));
 }
 
 }  // namespace
@@ -65,8 +63,7 @@ void bind_graph_runtime(py::module_& module) {
            py::arg("ring_bytes"), py::arg("in_place"), py::arg("fetch_blocks"))
       .def("check_home", &GraphRuntime::check_home)
       .def_property_readonly("is_home", &GraphRuntime::is_home)
-      .def("begin", begin, py::arg("tokens"), py::arg("num_tokens"), py::arg("step"),
-           py::arg("stream"))
+      .def("begin", begin, py::arg("ticket"), py::arg("stream"))
       .def(
           "wait",
           [](GraphRuntime& self, int64_t layer, uintptr_t step, uintptr_t stream) {

@@ -48,8 +48,9 @@ class GraphRuntime {
   const std::vector<LayerPlacement>& placement() const { return placement_; }
 
   // Enqueues the fetch of all layers, nearest first. `tokens`: a plan's segment_tokens, of which
-  // *num_tokens count, at most `most_tokens`, on the device. `step`: any address that no other step
-  // has before this one is done with; it tells steps apart.
+  // *num_tokens count, at most `most_tokens`, on the device; read until the last layer's wait() or
+  // end(). `step`: any address that no other step has before this one is done with; it tells steps
+  // apart.
   void begin(const int32_t* tokens, const int32_t* num_tokens, int64_t most_tokens,
              const void* step, void* stream);
   // `stream` goes on when the layer's directory holds where the rows of the step's tokens are.

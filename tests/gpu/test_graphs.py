@@ -197,6 +197,36 @@ def test_a_step_waits_for_nothing(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_compiled_layers_of_other_allocations(device):
+    """Compiled code frees each layer's plan after its attention, as the next layer's rows come."""
+    offsets, tables = [], []
+    for seed in range(4):
+        rows = np.random.default_rng(seed).integers(1, 40, 300)
+        owners = l3ext.Allocation.from_rows(rows, frequency=rows.astype(np.int64))
+        table = torch.randn(int(rows.sum()), 192).to(torch.bfloat16)
+        offsets.append(torch.from_numpy(np.cumsum([0, *rows])).to(device))
+        tables.append(LookupTable(table, owners, 128))
+    resident = [table.data.to(device) for table in tables]
+    runtime = GraphRuntime(tables, device=device, in_place=False)
+
+    def run(ids, x):
+        with runtime.begin(ids) as step:
+            return [step.wait(layer).attend(x[layer]) for layer in range(4)]
+
+    compiled = torch.compile(run, fullgraph=True)
+    ids = torch.zeros(300, dtype=torch.int64, device=device)
+    x = torch.zeros(4, 300, 128, dtype=torch.bfloat16, device=device)
+    with torch.no_grad(), runtime:
+        for seed in range(20):
+            draw(ids, x, seed)
+            plans = [l3ext.plan(ids, of_layer, max_rows=40) for of_layer in offsets]
+            expected = [
+                l3ext.ops.table_attention(*operands, tied=False)
+                for operands in zip(x, resident, plans, strict=True)
+            ]
+            steps.assert_same_bits(compiled(ids, x), expected)
+
+
 # --- models ---------------------------------------------------------------------------------------
 def decode(model, device, prompt, count):
     """Logits of ``count`` steps after a prompt, each step a replay, over a static cache."""

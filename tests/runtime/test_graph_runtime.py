@@ -126,6 +126,62 @@ def test_compiled_code_holds_a_step(options):
         assert counts.resident + counts.fetched + counts.left == sum(len(i.unique()) for i in ids)
 
 
+class Recording:
+    """A native runtime, and where the arrays lay with which it was called."""
+
+    def __init__(self, native):
+        self._native, self.begun, self.awaited = native, [], []
+
+    def __getattr__(self, name):
+        return getattr(self._native, name)
+
+    def begin(self, ticket, stream):
+        self.begun.append((ticket.data_ptr(), ticket.tolist()))
+        self._native.begin(ticket, stream)
+
+    def wait(self, layer, step, stream):
+        self.awaited.append(step)
+        self._native.wait(layer, step, stream)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_fetch_reads_lives_until_the_last_layer(compiled):
+    """Compiled code may free a plan after the last layer of its allocation, the ticket not."""
+    tables = [make_table(50, seed=seed) for seed in (0, 1)]
+    ids, x = torch.tensor([7, 3, 7, 9]), torch.randn(2, 4, 24)
+    with GraphRuntime(tables, in_place=False) as runtime, torch.no_grad():
+        runtime._native = recording = Recording(runtime._native)
+
+        def run(ids, x):
+            with runtime.begin(ids) as step:
+                return [step.wait(layer).attend(x[layer]) for layer in range(2)]
+
+        run = torch.compile(run, fullgraph=True) if compiled else run
+        for y, table, queries in zip(run(ids, x), tables, x, strict=True):
+            assert torch.equal(y, attend(table, ids, queries))
+        ((address, ticket),) = recording.begun
+        assert ticket[:4] == [3, 3, 7, 9]
+        assert len(ticket) == 5
+        assert recording.awaited == [address, address]
+
+
+def test_compiled_code_must_attend_to_the_last_layer():
+    """What ends a step otherwise has no result, and compiled code drops it."""
+    tables = [make_table(50), make_table(50)]
+    ids, x = torch.tensor([7, 3]), torch.randn(2, 24)
+    with GraphRuntime(tables) as runtime, torch.no_grad():
+
+        def first_layer_alone(ids, x):
+            with runtime.begin(ids) as step:
+                return step.wait(0).attend(x)
+
+        expected = first_layer_alone(ids, x)
+        with pytest.raises(Exception, match="to attend to layer 1, the last, before the step ends"):
+            torch.compile(first_layer_alone, fullgraph=True)(ids, x)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(first_layer_alone)(ids, x), expected)  # not compiled
+
+
 def test_an_earlier_step_is_refused_and_not_misread():
     table = make_table(50)
     x = torch.randn(2, 24)
