@@ -53,23 +53,25 @@ def profile_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 for a file that cannot be read."""
+    """0, or 2 for a file that cannot be read, after the others."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, nargs="+", help="JSON, of l3ext bench attention")
     files: list[Path] = parser.parse_args(arguments).file
+    status = 0
     for file in files:
         try:
             results = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             print(f"summarize_bench: {file}: {error}", file=sys.stderr)
-            return 2
+            status = 2
+            continue
         if isinstance(results, list):
             print(f"{file.name}:")
             print("\n".join(lines(results)))
         elif "profiles" in results:  # other objects, as google-benchmark's, print themselves
             print(f"{file.name}:")
             print("\n".join(profile_lines(results)))
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -153,6 +153,21 @@ void memory_is_pinned() {
   L3EXT_CUDA_CHECK(cudaHostRegister(own.data(), own.size(), 0));
   EXPECT(device->pin(own.data(), own.size()) != nullptr);
   L3EXT_CUDA_CHECK(cudaHostUnregister(own.data()));
+
+  // Two tables in one page: CUDA says of the second that it is pinned, or refuses to pin it.
+  void* page = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  {
+    const auto first = device->pin(page, 100);
+    const auto* second = static_cast<const std::byte*>(page) + 200;
+    try {
+      EXPECT(device->pin(second, 100) != nullptr);
+      std::printf("       the second table of a pinned page counts as pinned\n");
+    } catch (const Error& error) {
+      EXPECT(contains(error.what(), "with whole pages of its own"));
+      std::printf("       the second table of a pinned page is refused\n");
+    }
+  }
+  ::munmap(page, 4096);
   EXPECT(contains(EXPECT_THROWS(Error, device->allocate(size_t{1} << 46)), "are free"));
   const DeviceBuffer still_works(device, 100);
 }

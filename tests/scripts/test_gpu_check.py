@@ -1,10 +1,15 @@
 """The GPU check where there is no GPU: its messages, and what it does with fake tools."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,8 @@ PARTS = [
     "build",
     "device",
     "tests",
+    "memcheck",
+    "compiled",
     "bench",
     "profile",
     "tied",
@@ -70,7 +77,7 @@ esac
 mkdir -p build/gpu/tests/cpp
 touch build/gpu/_C.fake.so
 for test in cuda_device_test cuda_runtime_test; do
-  printf '#!/usr/bin/env bash\n' >build/gpu/tests/cpp/$test
+  [[ -e build/gpu/tests/cpp/$test ]] || printf '#!/usr/bin/env bash\n' >build/gpu/tests/cpp/$test
   chmod +x build/gpu/tests/cpp/$test
 done
 """,
@@ -153,7 +160,10 @@ def test_everything_runs_and_is_summed_up(fake):
     assert (tree / "l3ext/_C.fake.so").exists()
     assert (tree / "benchmarks/results/nvidia-h200/gpu_check.log").exists()
     calls = (tree / "python.log").read_text()
-    assert "-m pytest tests/gpu" in calls
+    for part in ("values", "torch"):
+        (tests,) = [line for line in calls.splitlines() if f"/test_{part}.py" in line]
+        assert tests.startswith("-m pytest -vv -k not cpu -o faulthandler_timeout=")
+        assert "--timeout-method=thread" in tests
     assert "-m l3ext bench attention --device cuda --output" in calls
     assert "benchmarks/compare_graph_steps.py --device cuda" in calls
     assert "benchmarks/compare_choices.py --device cuda --output" in calls
@@ -168,10 +178,68 @@ def test_only_some_parts(fake, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.split("\n\n")[1].splitlines()
     assert [line.split()[0] for line in summary] == ["build", "text"]
-    assert (
-        f"{tmp_path}/out/attention-text.json {text} --peer none"
-        in (tree / "python.log").read_text()
+    assert f"/attention-text.json {text} --peer none" in (tree / "python.log").read_text()
+
+
+def test_the_cpu_halves_alone_are_left_out():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-k", "not cpu", "tests/gpu"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=280,
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(tests) > 100
+    assert not [test for test in tests if "cpu" in test.lower()]
+    for path in (ROOT / "tests/gpu").glob("test_*.py"):  # which -k looks at, too
+        names = [path.name, *re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)]
+        assert not [name for name in names if "cpu" in name.lower()]
+
+
+def test_every_file_of_tests_is_in_a_part(fake):
+    tree, _, check = fake
+    assert check("--only", "tests", "--only", "compiled").returncode == 0
+    run = [word for word in (tree / "python.log").read_text().split() if word.endswith(".py")]
+    assert run[0] == "tests/gpu/test_values.py"
+    assert sorted(run) == sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests/gpu").glob("test_*.py")
+    )
+
+
+def test_no_more_than_eight_files_come_of_it(fake, tmp_path):
+    """Whatever runs; an earlier archive is added to; what a stopped program left is gone."""
+    tree, tools, check = fake
+    (tools / "python").write_text(
+        (tools / "python").read_text()
+        + """while (($#)); do
+  if [[ $1 == --output ]]; then
+    echo "{}" >"$2"
+    touch "$2.tmp.7.0"
+  fi
+  shift
+done
+"""
+    )
+    tool(
+        tree / "build/gpu/benchmarks/bench_prefetch",
+        'for word; do [[ $word == --benchmark_out=* ]] && echo "{}" >"${word#*=}"; done; :',
+    )
+    out = tmp_path / "out"
+    done = check("--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    everything = sorted(path.name for path in out.iterdir())
+    assert len(everything) == 8
+    shutil.copy(
+        tree / "build/gpu/benchmarks/bench_prefetch",
+        tree / "build/gpu/benchmarks/bench_segmented_attention",
+    )
+    assert check("--out", out, "--only", "benchcpp").returncode == 0
+    assert sorted(path.name for path in out.iterdir()) == everything
+    with tarfile.open(out / "more.tar.gz") as archive:
+        names = sorted(Path(name).name for name in archive.getnames() if name.endswith(".json"))
+    assert names == ["attention-cpp.json", "attention-text.json", "prefetch-cpp.json"]
 
 
 def test_a_part_that_overruns_is_stopped_and_the_rest_runs(fake):
@@ -196,6 +264,39 @@ def test_a_part_that_fails_shows_its_last_words_and_the_rest_runs(fake):
     assert "skipped: google-benchmark" in done.stdout
 
 
+def test_what_a_part_says_is_in_the_log_at_once(fake, tmp_path):
+    """Even where all of it is killed."""
+    tree, tools, _ = fake
+    tool(tools / "ctest", "echo working; exec sleep 300")
+    running = subprocess.Popen(
+        ["bash", tree / "scripts/gpu_check.sh", "--only", "cpp", "--out", tmp_path / "out"],
+        env={"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python")},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    log, end = tmp_path / "out/gpu_check.log", time.monotonic() + 50
+    try:
+        while not (log.exists() and "working" in log.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert "=== build: passed" in log.read_text()
+    finally:
+        for group in sessions_groups(running.pid):
+            os.killpg(group, signal.SIGKILL)
+        running.wait()
+
+
+def sessions_groups(session):
+    """The process groups of a session: a part is one of its own."""
+    groups = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            of_group, of_session = stat.read_text().rpartition(")")[2].split()[2:4]
+            if int(of_session) == session:
+                groups.add(int(of_group))
+    return groups
+
+
 def test_nothing_stands_without_a_build(fake):
     _, tools, check = fake
     tool(tools / "cmake", "echo no compiler; exit 1")
@@ -205,17 +306,50 @@ def test_nothing_stands_without_a_build(fake):
     assert only.split() == ["build", "0", "s", "failed", "with", "exit", "status", "1"]
 
 
+def test_a_test_that_does_not_compile_takes_nothing_with_it(fake):
+    tree, tools, check = fake
+    cmake = (tools / "cmake").read_text()
+    tool(tools / "cmake", cmake + '[[ "$* " != *"cuda_runtime_test "* ]]')
+    done = check("--only", "device", "--only", "tests")
+    assert done.returncode == 1
+    summary = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()]
+    assert [(line[0], line[3]) for line in summary] == [
+        ("build", "failed"), ("device", "passed"), ("tests", "passed"),
+    ]  # fmt: skip
+    built = [
+        line.split("--target ")[1] for line in (tree / "cmake.log").read_text().splitlines()[1:]
+    ]
+    assert built[:2] == ["_C -- -k", "cuda_device_test cuda_runtime_test -- -k"]
+
+
+def test_one_program_that_fails_hides_no_other(fake):
+    """Nor one that is killed."""
+    tree, tools, check = fake
+    for failing in ("exit 3", "kill -9 $$"):
+        tool(tree / "build/gpu/tests/cpp/cuda_device_test", f"echo the first; {failing}")
+        tool(tree / "build/gpu/tests/cpp/cuda_runtime_test", "echo the second")
+        done = check("--only", "device")
+        assert done.returncode == 1
+        log = (tree / "benchmarks/results/nvidia-h200/gpu_check.log").read_text()
+        assert "the first\n" in log
+        assert "the second\n" in log
+    tool(tools / "compute-sanitizer", "[[ $* != *initcheck* ]]")
+    done = check("--only", "sanitize", "--only", "memcheck")
+    assert done.returncode == 1
+    summary = done.stdout.split("\n\n")[1].splitlines()
+    assert [line.split()[3] for line in summary] == ["passed", "passed", "failed"]
+    for tool_name in ("synccheck", "initcheck", "racecheck"):
+        for program in ("cuda_device_test", "cuda_runtime_test"):
+            assert f"== {tool_name} {program}" in done.stdout
+
+
 def test_a_device_that_the_sanitizer_does_not_support_is_skipped(fake):
     _, tools, check = fake
-    tool(tools / "compute-sanitizer", "echo Device not supported; exit 1")
-    done = check("--only", "sanitize")
+    tool(tools / "compute-sanitizer", "echo run >>sanitizer.log; echo Device not supported; exit 1")
+    done = check("--only", "sanitize", "--only", "memcheck")
     assert done.returncode == 0, done.stdout
-    assert "skipped: compute-sanitizer does not support the device here" in done.stdout
-    tool(tools / "compute-sanitizer", "[[ $* != *racecheck* ]]")
-    done = check("--only", "sanitize")
-    assert done.returncode == 1
-    assert "== racecheck" in done.stdout
-    assert "== initcheck" not in done.stdout
+    assert done.stdout.count("skipped: compute-sanitizer does not support the device here") == 4
+    assert (fake[0] / "sanitizer.log").read_text().count("run") == 2  # once each
 
 
 def test_figures_are_summed_up(tmp_path, capsys):
@@ -266,3 +400,7 @@ def test_figures_are_summed_up(tmp_path, capsys):
     path.write_text("no JSON")
     assert summarize_bench.main([str(path)]) == 2
     assert "summarize_bench:" in capsys.readouterr().err
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps([result]))
+    assert summarize_bench.main([str(path), str(good)]) == 2
+    assert "NVIDIA H200" in capsys.readouterr().out  # one that cannot be read hides no other
