@@ -19,6 +19,12 @@ def _why_no_cuda() -> str | None:
     return None
 
 
+def pytest_runtest_logreport(report):
+    """Failures at once: where a later test hangs or crashes, the process ends without a summary."""
+    if report.failed:
+        print(f"\n{report.longreprtext}", flush=True)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     """Where a test runs; tests give their own list of parameters to ask for one alone."""

@@ -198,6 +198,22 @@ def test_the_cpu_halves_alone_are_left_out():
         assert not [name for name in names if "cpu" in name.lower()]
 
 
+def test_a_failure_is_said_before_a_later_test_ends_the_process(tmp_path):
+    shutil.copy(ROOT / "tests/gpu/conftest.py", tmp_path)
+    (tmp_path / "test_two.py").write_text(
+        "import os\ndef test_fails():\n    assert 7 * 6 == 41\ndef test_dies():\n    os._exit(1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=280,
+    )
+    assert done.returncode == 1
+    assert "assert 42 == 41" in done.stdout.replace("(7 * 6)", "42")
+
+
 def test_every_file_of_tests_is_in_a_part(fake):
     tree, _, check = fake
     assert check("--only", "tests", "--only", "compiled").returncode == 0
