@@ -19,15 +19,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts() {
   cat <<'PARTS'
 build      180  compile the Python module, the device's tests and the benchmarks for this GPU
-device      40  C++: every kernel on the device against the CPU's; the runtime's device
+device      50  C++: every kernel on the device against the CPU's; the runtime's device
 tests      120  pytest tests/gpu: values, data, plans, bits, errors
-memcheck    60  compute-sanitizer: memcheck
+memcheck    90  compute-sanitizer: memcheck
 compiled   120  pytest tests/gpu: what torch compiles, graphs, models, offloading
 bench      100  forward, backward, decode and plan against the floor, Zipf's law
 profile     40  where the time of these goes, kernel by kernel
 tied        35  forward and decode of a tied table
 graph       60  a decode step in one graph, its table on the device and in host memory
-sanitize   120  compute-sanitizer: synccheck, initcheck, racecheck
+sanitize   150  compute-sanitizer: synccheck, initcheck, racecheck
 peers      150  forward and backward beside what users write today
 choices     60  tiles, splits and paths that the kernels could take, against those that they do
 text        60  the same as bench on real text and its real allocation
@@ -68,7 +68,7 @@ device() {
   local program failed=0
   for program in "${device_tests[@]}"; do
     echo "== $program"
-    limited 20 "$build/tests/cpp/$program" || failed=1
+    limited 30 "$build/tests/cpp/$program" || failed=1
   done
   return "$failed"
 }
@@ -141,7 +141,7 @@ under_sanitizer() {
       echo "== $tool $program"
       options=() # refused calls are part of the tests, which check what comes of them
       if [[ $tool == memcheck ]]; then options=(--report-api-errors no); fi
-      if limited 45 "$sanitizer" --tool "$tool" "${options[@]}" --error-exitcode 1 \
+      if limited 60 "$sanitizer" --tool "$tool" "${options[@]}" --error-exitcode 1 \
         "$build/tests/cpp/$program" 2>&1 | tee "$output"; then
         continue
       fi
