@@ -249,18 +249,16 @@ def _most_rows(offsets: Tensor, device: torch.device) -> int:
 @torch.library.register_fake("l3ext::plan", lib=library)
 def _plan_outputs(token_ids: Tensor, offsets: Tensor, check_offsets: bool) -> tuple[Tensor, ...]:
     count = token_ids.shape[0]
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=token_ids.device)
-
-    segment_queries = empty(count + 1)
+    permutation = token_ids.new_empty(count, dtype=torch.int32)
+    segment_queries = permutation.new_empty(count + 1)
+    segment_rows = token_ids.new_empty(count, 2, dtype=torch.int64)
     return (
-        empty(count),
-        empty(count),
+        permutation,
+        permutation.new_empty(count),
         segment_queries,
-        empty(count, 2, dtype=torch.int64),
-        empty(1),
-        empty(1, dtype=torch.int64),
+        segment_rows,
+        permutation.new_empty(1),
+        segment_rows.new_empty(1),
         _schedule_output(segment_queries),
     )
 
