@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,9 +73,8 @@ def run(
         ``floor`` (seconds by bytes and by flops at these), ``results`` (name to median, p10, p90 in
         seconds, runs, ``fraction`` of the floor and, for a peer, ``difference``: the largest from
         ours over the largest value) and ``failures`` (name to reason of the peers that did not
-        run). A machine need not be the same from one minute to the next: on the CPU ``fraction`` is
-        the median of the runs', each held against the bandwidth just before it, and everywhere the
-        product's rate is measured before and after a regime.
+        run). A machine need not be the same from one minute to the next, so both rates are the mean
+        of what is measured just before and just after.
     """
     bench = Bench(workload, options)
     measurements: list[dict[str, Any]] = []
@@ -91,8 +89,8 @@ def run(
         "d_in": options.d_in,
         "d_emb": options.d_emb,
         "tied": options.tied,
-        "bandwidth": bench.bandwidth,
-        "gemm": bench.gemm,
+        "bandwidth": bench.rates.bandwidth,
+        "gemm": bench.rates.gemm,
         "measurements": measurements,
     }
     for regime in options.regimes:
@@ -111,8 +109,7 @@ class Bench:
         self.workload, self.options = workload, options
         self.device = options.device
         self.clock = timing.clock_of(self.device)
-        self.bandwidth = timing.bandwidth(self.device, nbytes=options.copy_bytes)
-        self.gemm = self._gemm_rate(runs=9)  # the last that was measured
+        self.rates = self._measure_rates(runs=9)  # the last
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
         # a Tensor or a QuantizedTable
@@ -242,20 +239,23 @@ class Bench:
         attend_graph = timing.captured(attend_all, self.device)
         whole_graph = timing.captured(plan_and_attend_all, self.device)
         together = "in a graph" if self.device.type == "cuda" else "back to back"
-        runs = self._time(
+        many = self._time(
             {
                 f"l3ext, {together}": lambda _: attend_graph,
                 f"plan and l3ext, {together}": lambda _: whole_graph,
-            },
-            parts=len(steps),
+            }
         )
+        times = {
+            name: _Measured(time.divided_by(len(steps)), rates)
+            for name, (time, rates) in many.items()
+        }
 
         def single(run: int) -> Callable[[], Tensor]:
             i = run % len(steps)
             return functools.partial(attends[i], x[i], self.table)
 
-        runs |= self._time({"l3ext, by itself": single}, ahead=False)
-        return _described(runs, {"": self._forward_cost(steps)}, {}, {})
+        times |= self._time({"l3ext, by itself": single}, ahead=False)
+        return _described(times, {"": self._forward_cost(steps)}, {}, {})
 
     def _plan(self, steps: list[Tensor]) -> dict[str, Any]:
         calls = [functools.partial(self._plan_of, step) for step in steps]
@@ -335,46 +335,41 @@ class Bench:
         )
 
     def _time(
-        self, candidates: Mapping[str, timing.Candidate], *, ahead: bool = True, parts: int = 1
-    ) -> dict[str, _Runs]:
-        """``parts``: equal calls of ours that one of a candidate's makes."""
-        samples = timing.interleaved(
+        self, candidates: Mapping[str, timing.Candidate], *, ahead: bool = True
+    ) -> dict[str, _Measured]:
+        times = timing.time_interleaved(
             candidates,
             clock=self.clock,
             runs=self.options.runs,
             budget_seconds=self.options.budget_seconds,
             ahead=ahead,
         )
-        before, self.gemm = self.gemm, self._gemm_rate(runs=3)
-        gemm = (before + self.gemm) / 2
-        return {
-            name: _Runs(
-                [sample.seconds / parts for sample in values],
-                [sample.bandwidth or self.bandwidth for sample in values],
-                gemm,
-            )
-            for name, values in samples.items()
-        }
-
-    def _gemm_rate(self, runs: int) -> float:
-        options = self.options
-        return timing.gemm_rate(options.x_dtype, self.device, size=options.gemm_size, runs=runs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Runs:
-    """Of one candidate, and what the machine was able to meanwhile."""
-
-    seconds: list[float]
-    bandwidth: list[float]  #: in each run
-    gemm: float
-
-    def fraction(self, cost: Cost) -> float:
-        """Of the floor, run by run: what drifts meets both."""
-        return statistics.median(
-            max(cost.seconds(bandwidth, self.gemm).values()) / seconds
-            for seconds, bandwidth in zip(self.seconds, self.bandwidth, strict=True)
+        before, self.rates = self.rates, self._measure_rates(runs=3)
+        rates = _Rates(
+            (before.bandwidth + self.rates.bandwidth) / 2, (before.gemm + self.rates.gemm) / 2
         )
+        return {name: _Measured(result, rates) for name, result in times.items()}
+
+    def _measure_rates(self, runs: int) -> _Rates:
+        options, clock, device = self.options, self.clock, self.device
+        return _Rates(
+            timing.bandwidth(clock, device, nbytes=options.copy_bytes, runs=runs),
+            timing.gemm_rate(clock, options.x_dtype, device, size=options.gemm_size, runs=runs),
+        )
+
+
+class _Rates(NamedTuple):
+    """What the machine is able to."""
+
+    bandwidth: float  #: bytes/s
+    gemm: float  #: flop/s
+
+
+class _Measured(NamedTuple):
+    """The time of one candidate, and the rates before and after it."""
+
+    time: timing.Timing
+    rates: _Rates
 
 
 def _mean(costs: list[Cost]) -> Cost:
@@ -385,24 +380,22 @@ def _mean(costs: list[Cost]) -> Cost:
 
 
 def _described(
-    runs: Mapping[str, _Runs],
+    times: Mapping[str, _Measured],
     costs: Mapping[str, Cost],
     differences: Mapping[str, float],
     failures: Mapping[str, str],
 ) -> dict[str, Any]:
     """One measurement; ``costs`` by name, "" for all that have none of their own."""
     results = {}
-    for name, own in runs.items():
-        results[name] = dataclasses.asdict(timing.summarize(own.seconds))
+    for name, (time, rates) in times.items():
+        results[name] = dataclasses.asdict(time)
         if cost := costs.get(name, costs.get("")):
-            results[name]["fraction"] = own.fraction(cost)
+            results[name]["fraction"] = max(cost.seconds(*rates).values()) / time.median
         if name in differences:
             results[name]["difference"] = differences[name]
-    first = next(iter(runs.values()))
-    rates = (statistics.median(first.bandwidth), first.gemm)
+    _, rates = next(iter(times.values()))
     return {
-        "bandwidth": rates[0],
-        "gemm": rates[1],
+        **rates._asdict(),
         "floor": costs[""].seconds(*rates) if "" in costs else None,
         "results": results,
         "failures": dict(failures),

@@ -66,10 +66,6 @@ def paired_ratio(
 class Clock(Protocol):
     """Measures one call of a function."""
 
-    #: Bytes a second that memory was read with just before the last call; None where that would
-    #: take time of its own.
-    bandwidth: float | None
-
     def measure(self, function: Callable[[], object], *, ahead: bool = True) -> float:
         """Seconds that the function takes.
 
@@ -84,14 +80,12 @@ class HostClock:
     """Wall-clock time on the CPU, the caches cold."""
 
     def __init__(self) -> None:
-        self.bandwidth: float | None = None
-        # Read between measurements: a large last-level cache would hold the rows of many steps.
+        # Read between measurements: a large last-level cache would hold the rows of many steps, and
+        # keeps some over twice its size.
         self._flush = torch.ones(4 * _last_level_cache_bytes() // 4)
 
     def measure(self, function: Callable[[], object], *, ahead: bool = True) -> float:
-        start = time.perf_counter()
         self._flush.sum()
-        self.bandwidth = self._flush.nbytes / (time.perf_counter() - start)
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
@@ -106,8 +100,6 @@ def _last_level_cache_bytes() -> int:
 
 class CudaClock:
     """Time between two events of the current stream, the second-level cache cold."""
-
-    bandwidth: float | None = None
 
     def __init__(self, device: torch.device) -> None:
         properties = torch.cuda.get_device_properties(device)
@@ -163,29 +155,6 @@ def interleaved_seconds(
     budget_seconds: float = 60.0,
     ahead: bool = True,
 ) -> dict[str, list[float]]:
-    """The seconds alone of :func:`interleaved`."""
-    samples = interleaved(
-        candidates, clock=clock, runs=runs, budget_seconds=budget_seconds, ahead=ahead
-    )
-    return {name: [sample.seconds for sample in values] for name, values in samples.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One run."""
-
-    seconds: float
-    bandwidth: float | None  #: bytes/s of memory just before it: :attr:`Clock.bandwidth`
-
-
-def interleaved(
-    candidates: Mapping[str, Candidate],
-    *,
-    clock: Clock,
-    runs: int,
-    budget_seconds: float = 60.0,
-    ahead: bool = True,
-) -> dict[str, list[Sample]]:
     """Time candidates in turn, forth and back, so that a drift of the machine meets all alike.
 
     Args:
@@ -198,28 +167,27 @@ def interleaved(
         ahead: see :meth:`Clock.measure`.
 
     Returns:
-        Each candidate's runs, in order.
+        The seconds of each candidate's runs, in order.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
-    spent = dict.fromkeys(candidates, 0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     share = budget_seconds / max(1, len(candidates))
     for candidate in candidates.values():
         clock.measure(candidate(0), ahead=ahead)
     for run in range(1, runs + 1):
         order = list(candidates)[:: 1 if run % 2 else -1]
         for name in order:
-            if len(samples[name]) >= 3 and spent[name] > share:
+            done = seconds[name]
+            if len(done) >= 3 and sum(done) > share:
                 continue
-            taken = clock.measure(candidates[name](run), ahead=ahead)
-            samples[name].append(Sample(taken, clock.bandwidth))
-            spent[name] += taken
-    return samples
+            done.append(clock.measure(candidates[name](run), ahead=ahead))
+    return seconds
 
 
-def bandwidth(device: torch.device, *, nbytes: int, runs: int = 9) -> float:
+def bandwidth(clock: Clock, device: torch.device, *, nbytes: int, runs: int = 9) -> float:
     """Bytes a second of memory: on CUDA read and written by a copy, on the CPU read by a sum.
 
     Args:
+        clock: of the device.
         device: whose memory.
         nbytes: of the array.
         runs: measured; the median counts.
@@ -227,19 +195,20 @@ def bandwidth(device: torch.device, *, nbytes: int, runs: int = 9) -> float:
     source = torch.ones(nbytes // 4, device=device)
     if device.type == "cuda":
         target = torch.empty_like(source)
-        return 2 * nbytes / _median(lambda: target.copy_(source), device, runs)
-    return nbytes / _median(source.sum, device, runs)
+        return 2 * nbytes / _median(lambda: target.copy_(source), clock, runs)
+    return nbytes / _median(source.sum, clock, runs)
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device, *, size: int, runs: int = 9) -> float:
+def gemm_rate(
+    clock: Clock, dtype: torch.dtype, device: torch.device, *, size: int, runs: int = 9
+) -> float:
     """Floating-point operations a second of a square matrix product in ``dtype``."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _median(lambda: a @ b, device, runs)
+    return 2 * size**3 / _median(lambda: a @ b, clock, runs)
 
 
-def _median(function: Callable[[], object], device: torch.device, runs: int) -> float:
-    clock = clock_of(device)
+def _median(function: Callable[[], object], clock: Clock, runs: int) -> float:
     return time_interleaved({"": lambda _: function}, clock=clock, runs=runs)[""].median
 
 

@@ -40,8 +40,6 @@ def options(**changes):
 class FakeClock:
     """Every call takes as long as it returns; the order of calls is kept."""
 
-    bandwidth = None
-
     def __init__(self):
         self.calls = []
 
@@ -86,9 +84,10 @@ def test_the_spread_is_of_the_runs():
 
 
 def test_the_host_clock_and_rates_are_of_this_machine():
-    assert 0 < timing.HostClock().measure(lambda: sum(range(1000))) < 10
-    assert timing.bandwidth(CPU, nbytes=1 << 20, runs=3) > 1e6
-    assert timing.gemm_rate(torch.float32, CPU, size=64, runs=3) > 1e6
+    clock = timing.HostClock()
+    assert 0 < clock.measure(lambda: sum(range(1000))) < 10
+    assert timing.bandwidth(clock, CPU, nbytes=1 << 20, runs=3) > 1e6
+    assert timing.gemm_rate(clock, torch.float32, CPU, size=64, runs=3) > 1e6
     calls = []
     timing.captured(lambda: calls.append(1), CPU)()
     assert calls == [1]
@@ -198,30 +197,19 @@ def test_every_regime_runs_and_is_json(dtype):
     assert backward["results"]["l3ext, dense gradient"]["difference"] == 0
 
 
-def test_a_run_is_held_against_the_bandwidth_of_its_own_moment():
-    bench = attention.Bench(tiny(), options(runs=4))
-
-    class Drifting:
-        """Memory and what reads it become slower from call to call."""
-
-        bandwidth = 64e9
-
-        def measure(self, function, *, ahead=True):
-            self.bandwidth /= 2
-            return 8e9 / self.bandwidth
-
-    bench.clock = Drifting()
-    (runs,) = bench._time({"ours": lambda run: len}, parts=2).values()
-    assert runs.bandwidth == [16e9, 8e9, 4e9, 2e9]
-    assert runs.seconds == [0.25, 0.5, 1, 2]
-    assert runs.fraction(Cost(2 * 10**9, 0)) == pytest.approx(0.5)
-
-
-def test_where_a_clock_knows_no_bandwidth_the_first_holds():
+def test_a_regime_is_held_against_the_machine_before_and_after_it(monkeypatch):
+    bandwidths, gemms = iter([8e9, 4e9, 2e9]), iter([100e9, 300e9, 500e9])
+    monkeypatch.setattr(timing, "bandwidth", lambda *_, **__: next(bandwidths))
+    monkeypatch.setattr(timing, "gemm_rate", lambda *_, **__: next(gemms))
     bench = attention.Bench(tiny(), options(runs=1))
     bench.clock = FakeClock()
-    (runs,) = bench._time({"ours": lambda run: lambda: 0.5}).values()
-    assert runs.bandwidth == [bench.bandwidth]
+    for rates in ((6e9, 200e9), (3e9, 400e9)):
+        times = bench._time({"ours": lambda run: lambda: 0.5})
+        described = attention._described(times, {"": Cost(10**9, 10**11)}, {}, {})
+        assert (described["bandwidth"], described["gemm"]) == rates
+        floor = {"bytes": 1e9 / rates[0], "flops": 1e11 / rates[1]}
+        assert described["floor"] == pytest.approx(floor)
+        assert described["results"]["ours"]["fraction"] == max(floor.values()) / 0.5
 
 
 def test_a_tied_table_is_measured_without_peers():
