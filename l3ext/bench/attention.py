@@ -109,7 +109,7 @@ class Bench:
         self.workload, self.options = workload, options
         self.device = options.device
         self.clock = timing.clock_of(self.device)
-        self.rates = self._measure_rates(runs=9)  # the last
+        self.rates = self._measure_rates(runs=9)
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.offsets = torch.tensor(workload.allocation.offsets, device=self.device)
         # a Tensor or a QuantizedTable
@@ -337,6 +337,7 @@ class Bench:
     def _time(
         self, candidates: Mapping[str, timing.Candidate], *, ahead: bool = True
     ) -> dict[str, _Measured]:
+        before = self._measure_rates(runs=3)
         times = timing.time_interleaved(
             candidates,
             clock=self.clock,
@@ -344,10 +345,8 @@ class Bench:
             budget_seconds=self.options.budget_seconds,
             ahead=ahead,
         )
-        before, self.rates = self.rates, self._measure_rates(runs=3)
-        rates = _Rates(
-            (before.bandwidth + self.rates.bandwidth) / 2, (before.gemm + self.rates.gemm) / 2
-        )
+        after = self._measure_rates(runs=3)
+        rates = _Rates((before.bandwidth + after.bandwidth) / 2, (before.gemm + after.gemm) / 2)
         return {name: _Measured(result, rates) for name, result in times.items()}
 
     def _measure_rates(self, runs: int) -> _Rates:
