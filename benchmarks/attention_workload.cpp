@@ -111,9 +111,10 @@ StepShape::StepShape(std::span<const int64_t> token_ids, std::span<const int64_t
   }
 }
 
-Cost StepShape::forward(int64_t d_in, int64_t d_emb, int64_t element_bytes) const {
-  const int64_t keys_and_queries = rows - single_rows + tokens - single_tokens;
-  return {(keys_and_queries * d_in + (rows + tokens) * d_emb) * element_bytes,
+Cost StepShape::forward(int64_t d_in, int64_t d_emb, int64_t row_bytes, int64_t query_bytes) const {
+  const int64_t many_rows = rows - single_rows;
+  return {(many_rows * d_in + rows * d_emb) * row_bytes +
+              ((tokens - single_tokens) * d_in + tokens * d_emb) * query_bytes,
           2 * pairs * (d_in + d_emb)};
 }
 

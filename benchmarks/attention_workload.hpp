@@ -48,8 +48,9 @@ struct StepShape {
   int64_t pairs = 0;          // of a query and a row to attend to, without those of single rows
 
   StepShape(std::span<const int64_t> token_ids, std::span<const int64_t> offsets);
-  // Reads the distinct tokens' rows and x once, writes y once.
-  Cost forward(int64_t d_in, int64_t d_emb, int64_t element_bytes) const;
+  // Reads the distinct tokens' rows and x once, writes y once. Bytes of an element: of rows, of x
+  // and y.
+  Cost forward(int64_t d_in, int64_t d_emb, int64_t row_bytes, int64_t query_bytes) const;
   // Reads rows, x and dy once; writes dx and the gradients of the distinct tokens' rows once.
   Cost backward(int64_t d_in, int64_t d_emb, int64_t element_bytes) const;
 };

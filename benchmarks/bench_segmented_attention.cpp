@@ -1,8 +1,9 @@
 // Segmented attention on the host; attention_workload.hpp says of what ids. Synthetic: 16384 ids,
 // 65536 rows; the table (0.4 GB in float32) is larger than most last-level caches. Another step
 // every iteration. Counters: bytes and flops are the least that a step must move and multiply, as
-// rates; of_read is bytes over the read bandwidth that the same threads measured first. Backward:
-// the gradients of the touched rows, packed. Plain calls, as an embedding program makes them: what
+// rates; of_read is bytes over the read bandwidth that the same threads measured first. Rows in 8
+// bits: x and y in float32, the scales beside each row. Backward: the gradients of the touched
+// rows, packed. Plain calls, as an embedding program makes them: what
 // torch adds to one, `l3ext bench attention` shows.
 //
 //   bench_segmented_attention --benchmark_filter='Forward<BFloat16>/4096'
@@ -31,6 +32,7 @@ namespace {
 
 using l3ext::BFloat16;
 using l3ext::DType;
+using l3ext::Float8E4M3;
 using l3ext::bench::Cost;
 using l3ext::bench::StepShape;
 using l3ext::bench::Workload;
@@ -51,6 +53,17 @@ BFloat16 as(float value, const BFloat16*) {
   std::memcpy(&bits, &value, sizeof(bits));
   return {static_cast<uint16_t>(bits >> 16)};
 }
+int8_t as(float value, const int8_t*) { return static_cast<int8_t>(value * 1024); }
+Float8E4M3 as(float value, const Float8E4M3*) { return {static_cast<uint8_t>(value * 1024)}; }
+
+// How keys and values are stored, and what queries and outputs are beside them.
+template <typename Row>
+constexpr bool kQuantized = sizeof(Row) == 1;
+template <typename Row>
+using Query = std::conditional_t<kQuantized<Row>, float, Row>;
+// Elements from one row to the next. Behind a row in 8 bits are its scales.
+template <typename Row>
+constexpr int64_t kStride = kQuantized<Row> ? kWidth + 2 * int64_t{sizeof(float)} : kWidth;
 
 // Where cache lines begin, as tensors lie.
 template <typename T>
@@ -78,9 +91,18 @@ Matrix<T> matrix(int64_t rows, int64_t columns) {
   return values;
 }
 
-template <typename T>
-const Matrix<T>& table() {
-  static const Matrix<T> kTable = matrix<T>(workload().table_rows(), kWidth);
+template <typename Row>
+const Matrix<Row>& table() {
+  static const Matrix<Row> kTable = [] {
+    Matrix<Row> rows = matrix<Row>(workload().table_rows(), kStride<Row>);
+    if constexpr (kQuantized<Row>) {
+      constexpr float kScales[2] = {1.0f / 1024, 1.0f / 1024};
+      for (auto r = rows.begin(); r != rows.end(); r += kStride<Row>) {
+        std::memcpy(&*r + kWidth, kScales, sizeof(kScales));
+      }
+    }
+    return rows;
+  }();
   return kTable;
 }
 
@@ -111,14 +133,17 @@ double read_bandwidth() {
 }
 
 template <typename T>
-constexpr DType kDType = std::is_same_v<T, float> ? DType::kFloat32 : DType::kBFloat16;
+constexpr DType kDType = std::is_same_v<T, float>      ? DType::kFloat32
+                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                         : std::is_same_v<T, int8_t>   ? DType::kInt8
+                                                       : DType::kFloat8E4M3;
 
 // Steps of `n` ids with their plans, inputs, and what they cost at least.
-template <typename T>
+template <typename Row>
 struct Steps {
   explicit Steps(int64_t n)
-      : x(matrix<T>(n, kDIn)), plans(std::clamp<int64_t>(kStreamTokens / n, 1, 256)) {
-    table<T>();  // made before the clock starts
+      : x(matrix<Query<Row>>(n, kDIn)), plans(std::clamp<int64_t>(kStreamTokens / n, 1, 256)) {
+    table<Row>();  // made before the clock starts
     for (size_t i = 0; i < plans.size(); ++i) {
       const auto ids = workload().step(static_cast<int64_t>(i), n);
       plans[i].make(ids, workload().offsets);
@@ -127,10 +152,17 @@ struct Steps {
   }
 
   void read(l3ext::SegmentedAttentionInputs& inputs, const l3ext::PlanBuffers& plan) const {
-    inputs.dtype = kDType<T>;
+    const Row* const rows = table<Row>().data();
+    inputs.dtype = kDType<Query<Row>>;
     inputs.x = {x.data(), kDIn};
-    inputs.keys = {table<T>().data(), kWidth};
-    inputs.values = {table<T>().data() + kDIn, kWidth};
+    inputs.keys = {rows, kStride<Row>};
+    inputs.values = {rows + kDIn, kStride<Row>};
+    if constexpr (kQuantized<Row>) {
+      const auto* scales = reinterpret_cast<const std::byte*>(rows + kWidth);
+      inputs.quantization = {.dtype = kDType<Row>,
+                             .keys = {scales, kStride<Row>},
+                             .values = {scales + sizeof(float), kStride<Row>}};
+    }
     inputs.plan = plan.view();
     inputs.table_rows = plan.table_rows;
     inputs.d_in = kDIn;
@@ -153,16 +185,16 @@ struct Steps {
     state.SetItemsProcessed(state.iterations() * n);
   }
 
-  Matrix<T> x;
+  Matrix<Query<Row>> x;
   std::vector<l3ext::PlanBuffers> plans;
   std::vector<StepShape> shapes;
 };
 
-template <typename T>
+template <typename Row>
 void Forward(benchmark::State& state) {
   const int64_t n = state.range(0);
-  const Steps<T> steps(n);
-  Matrix<T> y(static_cast<size_t>(n * kDEmb));
+  const Steps<Row> steps(n);
+  Matrix<Query<Row>> y(static_cast<size_t>(n * kDEmb));
   size_t i = 0;
   for (auto _ : state) {
     l3ext::SegmentedAttentionParams params;
@@ -170,7 +202,9 @@ void Forward(benchmark::State& state) {
     params.y = {y.data(), kDEmb};
     l3ext::segmented_attention(params);
   }
-  steps.count(state, n, [](const StepShape& s) { return s.forward(kDIn, kDEmb, sizeof(T)); });
+  steps.count(state, n, [](const StepShape& s) {
+    return s.forward(kDIn, kDEmb, sizeof(Row), sizeof(Query<Row>));
+  });
 }
 
 template <typename T>
@@ -225,6 +259,8 @@ void prefill_sizes(benchmark::internal::Benchmark* b) {
 
 BENCHMARK(Forward<float>)->Apply(decode_sizes)->Apply(prefill_sizes);
 BENCHMARK(Forward<BFloat16>)->Apply(decode_sizes)->Apply(prefill_sizes);
+BENCHMARK(Forward<int8_t>)->Apply(decode_sizes)->Apply(prefill_sizes);
+BENCHMARK(Forward<Float8E4M3>)->Apply(decode_sizes)->Apply(prefill_sizes);
 BENCHMARK(Backward<float>)->Apply(prefill_sizes);
 BENCHMARK(Backward<BFloat16>)->Apply(prefill_sizes);
 BENCHMARK(Plan)->Arg(1)->Arg(32)->Arg(4096)->Arg(16384)->Unit(benchmark::kMicrosecond);

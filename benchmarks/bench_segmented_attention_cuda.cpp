@@ -258,7 +258,8 @@ void time_iterations(benchmark::State& state, Device& device, const std::vector<
 
 std::vector<Cost> forward_costs(const std::vector<std::unique_ptr<DeviceStep>>& steps) {
   std::vector<Cost> costs;
-  for (const auto& step : steps) costs.push_back(step->shape.forward(kDIn, kDEmb, kElementBytes));
+  for (const auto& step : steps)
+    costs.push_back(step->shape.forward(kDIn, kDEmb, kElementBytes, kElementBytes));
   return costs;
 }
 

@@ -28,9 +28,12 @@ void a_step_is_counted_as_by_hand() {
   const StepShape shape(ids, offsets);
   EXPECT(shape.tokens == 7 && shape.segments == 4 && shape.rows == 9);
   EXPECT(shape.single_rows == 1 && shape.single_tokens == 2 && shape.pairs == 5 + 3 + 3 + 5);
-  const Cost forward = shape.forward(10, 4, 2);
+  const Cost forward = shape.forward(10, 4, 2, 2);
   EXPECT(forward.bytes == 2 * (8 * 10 + 9 * 4 + 5 * 10 + 7 * 4));
   EXPECT(forward.flops == 2 * 16 * 14);
+  const Cost quantized = shape.forward(10, 4, 1, 4);
+  EXPECT(quantized.bytes == 8 * 10 + 9 * 4 + 4 * (5 * 10 + 7 * 4));
+  EXPECT(quantized.flops == forward.flops);
   const Cost backward = shape.backward(10, 4, 2);
   EXPECT(backward.bytes == 2 * (8 * 10 + 8 * 4 + 5 * 10 + 7 * 4 + 7 * 10 + 9 * 14));
   EXPECT(backward.flops == 2 * 16 * (3 * 10 + 2 * 4));
