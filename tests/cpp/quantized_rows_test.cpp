@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <random>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention/cpu/row_kernels.hpp"
@@ -105,6 +108,67 @@ void scores_and_sums_meet_exact_elements() {
   }
 }
 
+// A query's scores and sums have the same bits alone as among others, over more elements than are
+// summed across lanes at once, and a code that is no number is in its row's scores and in its
+// column of the sums, and nowhere else.
+template <typename T>
+void bits_do_not_depend_on_other_queries() {
+  constexpr int64_t kRows = 7, kDepth = 1300, kNaNRow = 5;
+  std::mt19937 random(1);
+  std::vector<T> rows(kRows * kDepth);
+  for (T& code : rows) {
+    const auto bits = static_cast<uint8_t>(random() % 127 + (random() & 0x80));
+    std::memcpy(&code, &bits, 1);
+  }
+  for (const CpuIsa isa : isas()) {
+    const auto& kernels = l3ext::cpu::row_kernels<T>(isa);
+    std::vector<float> x(kernels.query_block * kDepth);
+    for (float& value : x) value = static_cast<float>(random() % 512) / 256 - 1;
+    const auto run = [&](int64_t first, int64_t count) {
+      std::vector<const float*> addresses;
+      for (int64_t q = first; q < first + count; ++q) addresses.push_back(x.data() + q * kDepth);
+      std::vector<float> packed(kernels.packed_elements(count, kDepth));
+      std::vector<float> scores(kRows * kernels.padded(count)), sums(count * kDepth);
+      const std::vector<float> weights(scores.size(), 0.75f);
+      kernels.pack(addresses.data(), count, kDepth, packed.data());
+      kernels.scores({rows.data(), kDepth, kRows}, packed.data(), count, kDepth, 0.5f, {},
+                     scores.data());
+      kernels.accumulate({rows.data(), kDepth, kRows}, weights.data(), 1, kernels.padded(count),
+                         count, kDepth, {}, false, sums.data(), kDepth);
+      return std::pair(scores, sums);
+    };
+    for (const int64_t bad : {int64_t{-1}, int64_t{0}, int64_t{20}, int64_t{1299}}) {
+      if (bad >= 0 && !std::is_same_v<T, Float8E4M3>) continue;
+      T kept{};
+      if (bad >= 0) {
+        kept = std::exchange(rows[kNaNRow * kDepth + bad], std::bit_cast<T>(uint8_t{0xff}));
+      }
+      const auto [scores, sums] = run(0, kernels.query_block);
+      bool right = true;
+      for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{3}, int64_t{4}, int64_t{6},
+                                  int64_t{13}, kernels.query_block}) {
+        const int64_t first = kernels.query_block - count;
+        const auto [some_scores, some_sums] = run(first, count);
+        for (int64_t q = 0; q < count; ++q) {
+          for (int64_t r = 0; r < kRows; ++r) {
+            const float got = some_scores[r * kernels.padded(count) + q];
+            right = right &&
+                    same(got, scores[r * kernels.padded(kernels.query_block) + first + q]) &&
+                    std::isnan(got) == (bad >= 0 && r == kNaNRow);
+          }
+          for (int64_t c = 0; c < kDepth; ++c) {
+            const float got = some_sums[q * kDepth + c];
+            right =
+                right && same(got, sums[(first + q) * kDepth + c]) && std::isnan(got) == (c == bad);
+          }
+        }
+      }
+      EXPECT(right);
+      if (bad >= 0) rows[kNaNRow * kDepth + bad] = kept;
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -112,5 +176,7 @@ int main() {
   RUN(every_code_widens_exactly<int8_t>);
   RUN(scores_and_sums_meet_exact_elements<Float8E4M3>);
   RUN(scores_and_sums_meet_exact_elements<int8_t>);
+  RUN(bits_do_not_depend_on_other_queries<Float8E4M3>);
+  RUN(bits_do_not_depend_on_other_queries<int8_t>);
   return check::failures == 0 ? 0 : 1;
 }

@@ -8,6 +8,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // The operand that the intrinsics of GCC 12 leave undefined on purpose, it warns of itself.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 

@@ -1,7 +1,8 @@
-// Many queries: bound by FMAs. Scores: queries lie side by side (one vector holds an element of as
-// many queries as it has lanes), and each element of a row, broadcast, meets all of them: rows are
-// read once and in place, and no sum runs across lanes. Sums: vectors run along the columns, and
-// the weights are broadcast. 16-bit rows are widened block by block in the first-level cache.
+// Many queries: bound by FMAs. Scores of rows that are stored as computed: queries lie side by side
+// (one vector holds an element of as many queries as it has lanes), and each element of a row,
+// broadcast, meets all of them: rows are read once and in place, and no sum runs across lanes.
+// Sums: vectors run along the columns, and the weights are broadcast. Rows are widened block by
+// block in the first-level cache.
 
 constexpr int kVectors = L3EXT_DENSE_VECTORS;    // of queries
 constexpr int kPanels = 2;                       // of so many vectors, that share a reading of rows
@@ -10,28 +11,28 @@ constexpr int kTile = L3EXT_DENSE_ACCUMULATORS;  // vectors of sums that the reg
 // --- packing ----------------------------------------------------------------------------------
 
 // packed[k, q] for q < padded(queries): x[q][k], zero past the queries.
-template <typename From, typename Acc>
-void pack_queries(const From* const* x, int64_t queries, int64_t depth, Acc* packed) {
-  constexpr int kStep = kLanes<Acc>;
+template <typename T>
+void pack_queries(const T* const* x, int64_t queries, int64_t depth, T* packed) {
+  constexpr int kStep = kLanes<T>;
   const int64_t ld = (queries + kStep - 1) / kStep * kStep;
   for (int64_t q = 0; q < queries; q += kStep) {
     const int64_t count = queries - q < kStep ? queries - q : kStep;
     for (int64_t k = 0; k < depth; k += kStep) {
       const int64_t elements = depth - k < kStep ? depth - k : kStep;
-      Acc* to = packed + k * ld + q;
-      Vec<Acc> v[kStep];
+      T* to = packed + k * ld + q;
+      Vec<T> v[kStep];
       if (count == kStep && elements == kStep) {
 #pragma GCC unroll 16
         for (int i = 0; i < kStep; ++i) v[i] = load(x[q + i] + k);
-        transpose<Acc, L3EXT_VECTOR_BYTES>(v);
+        transpose<T, L3EXT_VECTOR_BYTES>(v);
 #pragma GCC unroll 16
         for (int i = 0; i < kStep; ++i) store(v[i], to + i * ld);
         continue;
       }
       for (int i = 0; i < kStep; ++i) {
-        v[i] = i < count ? load_partial(x[q + i] + k, elements) : Vec<Acc>{};
+        v[i] = i < count ? load_partial(x[q + i] + k, elements) : Vec<T>{};
       }
-      transpose<Acc, L3EXT_VECTOR_BYTES>(v);
+      transpose<T, L3EXT_VECTOR_BYTES>(v);
       for (int64_t i = 0; i < elements; ++i) store(v[i], to + i * ld);
     }
   }
@@ -40,22 +41,19 @@ void pack_queries(const From* const* x, int64_t queries, int64_t depth, Acc* pac
 // --- scores -----------------------------------------------------------------------------------
 
 // scores[r, :] += rows[r, :] x for kRows rows and kQ vectors of queries, times `scale` in the end.
-// ahead: the rows, as they are stored, that are read next.
+// ahead: the rows that are read next.
 template <typename T, int kRows, int kQ>
-inline void score_tile(const Accumulator<T>* rows, int64_t row_stride, const RowBlock<T>& ahead,
-                       const Accumulator<T>* packed, int64_t ld, int64_t depth, bool first,
-                       Accumulator<T> scale, Accumulator<T>* scores) {
-  using Acc = Accumulator<T>;
-  constexpr int kStep = kLanes<Acc>;
-  Vec<Acc> sums[kRows][kQ];
+inline void score_tile(const T* rows, int64_t row_stride, const RowBlock<T>& ahead, const T* packed,
+                       int64_t ld, int64_t depth, bool first, T scale, T* scores) {
+  constexpr int kStep = kLanes<T>;
+  Vec<T> sums[kRows][kQ];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int q = 0; q < kQ; ++q)
-      sums[r][q] = first ? Vec<Acc>{} : load(scores + r * ld + q * kStep);
+    for (int q = 0; q < kQ; ++q) sums[r][q] = first ? Vec<T>{} : load(scores + r * ld + q * kStep);
   }
   const auto multiply = [&](int64_t k) {
-    Vec<Acc> x[kQ];
+    Vec<T> x[kQ];
 #pragma GCC unroll 4
     for (int q = 0; q < kQ; ++q) {
       x[q] = load(packed + k * ld + q * kStep);
@@ -63,7 +61,7 @@ inline void score_tile(const Accumulator<T>* rows, int64_t row_stride, const Row
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      Vec<Acc> element = broadcast(rows[r * row_stride + k]);
+      Vec<T> element = broadcast(rows[r * row_stride + k]);
       if constexpr (kQ > 1) keep_in_register(element);
 #pragma GCC unroll 4
       for (int q = 0; q < kQ; ++q) sums[r][q] += x[q] * element;
@@ -91,18 +89,16 @@ constexpr int64_t kDepth = 128;
 constexpr int64_t kTilesOfGroup = 4;
 
 template <typename T, int kRows, int kQ>
-inline void score_rows(const RowBlock<T>& rows, const RowBlock<T>& ahead,
-                       const Accumulator<T>* packed, int64_t ld, int64_t depth, bool first,
-                       Accumulator<T> scale, Accumulator<T>* scores) {
-  using Acc = Accumulator<T>;
+inline void score_rows(const RowBlock<T>& rows, const RowBlock<T>& ahead, const T* packed,
+                       int64_t ld, int64_t depth, bool first, T scale, T* scores) {
   // One vector of queries uses each element once: it must be in the first-level cache by then.
-  if constexpr (std::is_same_v<T, Acc> && kQ > 1) {
+  if constexpr (kQ > 1) {
     score_tile<T, kRows, kQ>(rows.data, rows.stride, ahead, packed, ld, depth, first, scale,
                              scores);
   } else {
-    alignas(64) Acc widened[kRows * kDepth];
-    for (int r = 0; r < kRows; ++r) load_row(rows.row(r), widened + r * kDepth, depth);
-    score_tile<T, kRows, kQ>(widened, kDepth, ahead, packed, ld, depth, first, scale, scores);
+    alignas(64) T copy[kRows * kDepth];
+    for (int r = 0; r < kRows; ++r) load_row(rows.row(r), copy + r * kDepth, depth);
+    score_tile<T, kRows, kQ>(copy, kDepth, ahead, packed, ld, depth, first, scale, scores);
   }
 }
 
@@ -112,9 +108,8 @@ constexpr int rows_of_tile(int vectors) { return kTile / vectors < 12 ? kTile / 
 
 // A group of rows against kQ vectors of queries, over `depth` elements.
 template <typename T, int kQ>
-inline void score_panel(const RowBlock<T>& rows, const T* ahead, const Accumulator<T>* packed,
-                        int64_t ld, int64_t depth, bool first, Accumulator<T> scale,
-                        Accumulator<T>* scores) {
+inline void score_panel(const RowBlock<T>& rows, const T* ahead, const T* packed, int64_t ld,
+                        int64_t depth, bool first, T scale, T* scores) {
   constexpr int kMost = rows_of_tile(kQ);
   int64_t r = 0;
   const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
@@ -132,11 +127,9 @@ inline void score_panel(const RowBlock<T>& rows, const T* ahead, const Accumulat
 // Panels of up to kVectors vectors of queries meet a group of rows in turn: so the rows come from
 // memory, or from a cache that is hardly faster, once for all of them.
 template <typename T>
-void dense_scores(const RowBlock<T>& rows, const Accumulator<T>* packed, int64_t queries,
-                  int64_t depth, Accumulator<T> scale, const RowBlock<T>& next,
-                  Accumulator<T>* scores) {
-  using Acc = Accumulator<T>;
-  constexpr int64_t kStep = kLanes<Acc>;
+void dense_scores(const RowBlock<T>& rows, const T* packed, int64_t queries, int64_t depth, T scale,
+                  const RowBlock<T>& next, T* scores) {
+  constexpr int64_t kStep = kLanes<T>;
   const int64_t vectors = (queries + kStep - 1) / kStep, ld = vectors * kStep;
   const int64_t panels = (vectors + kVectors - 1) / kVectors;
   const int64_t rows_of_group =
@@ -146,7 +139,7 @@ void dense_scores(const RowBlock<T>& rows, const Accumulator<T>* packed, int64_t
     const T* after = row_ahead(rows, r + count, next);
     for (int64_t k = 0; k < depth; k += kDepth) {
       const int64_t part = depth - k < kDepth ? depth - k : kDepth;
-      const Acc factor = k + part == depth ? scale : Acc{1};
+      const T factor = k + part == depth ? scale : T{1};
       const RowBlock<T> group = {rows.row(r) + k, rows.stride, count};
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t begin = vectors * p / panels, end = vectors * (p + 1) / panels;

@@ -1,8 +1,8 @@
 // The row kernels, once; compiled per instruction set by row_kernels_<isa>.cpp with
 // -ffp-contract=fast, so that a * b + c is one rounding where the set has FMA.
 //
-// Few queries are bound by memory, many by FMAs: stream.inl and dense.inl. Rows are never repacked;
-// 16-bit rows widen on the way to the registers.
+// Few queries are bound by memory, many by FMAs: stream.inl and dense.inl. Rows are never repacked,
+// and widen on the way to the registers: their scores are those of dots.inl.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,31 +27,42 @@ namespace {
 // in this order
 #include "attention/cpu/dense.inl"
 // in this order
+#include "attention/cpu/dots.inl"
+// in this order
 #include "attention/cpu/softmax.inl"
 
 // Up to so many queries stream. Beyond, lanes without a query cost less than sums across lanes.
 constexpr int64_t kFewQueries = L3EXT_FEW_QUERIES;
 
-template <typename Acc>
+template <typename T>
+constexpr bool kWidened = !std::is_same_v<T, Accumulator<T>>;
+
+template <typename T>
 int64_t packed_elements(int64_t queries, int64_t depth) {
+  using Acc = Accumulator<T>;
   constexpr int kStep = kLanes<Acc>;
-  return queries <= kFewQueries ? queries * spread<Acc>(depth)
-                                : (queries + kStep - 1) / kStep * kStep * depth;
+  if (kWidened<T> || queries <= kFewQueries) return queries * spread<Acc>(depth);
+  return (queries + kStep - 1) / kStep * kStep * depth;
 }
 
 template <typename T>
 void pack(const Query<T>* const* x, int64_t queries, int64_t depth, Accumulator<T>* packed) {
-  if (queries > kFewQueries) return pack_queries(x, queries, depth, packed);
-  const int64_t stride = spread<Accumulator<T>>(depth);
-  for (int64_t q = 0; q < queries; ++q) load_row(x[q], packed + q * stride, depth);
+  if constexpr (kWidened<T>) {
+    pack_dots(x, queries, depth, packed);
+  } else {
+    if (queries > kFewQueries) return pack_queries(x, queries, depth, packed);
+    const int64_t stride = spread<T>(depth);
+    for (int64_t q = 0; q < queries; ++q) load_row(x[q], packed + q * stride, depth);
+  }
 }
 
 template <typename T>
 void scores(RowBlock<T> rows, const Accumulator<T>* packed, int64_t queries, int64_t depth,
             Accumulator<T> scale, const Ahead<T>& ahead, Accumulator<T>* out) {
-  if (queries <= kFewQueries) {
-    stream_scores<T>(rows, packed, spread<Accumulator<T>>(depth), queries, depth, scale, ahead.next,
-                     out);
+  if constexpr (kWidened<T>) {
+    dot_scores<T>(rows, packed, queries, depth, scale, ahead.next, out);
+  } else if (queries <= kFewQueries) {
+    stream_scores<T>(rows, packed, spread<T>(depth), queries, depth, scale, ahead.next, out);
   } else {
     dense_scores<T>(rows, packed, queries, depth, scale, ahead.next, out);
   }
@@ -99,7 +110,7 @@ const RowKernels<T>& table() {
       .backward_block = kPanels * kVectors * kLanes<Acc>,
       .few_queries = kFewQueries,
       .asks_for_wanted = false,
-      .packed_elements = packed_elements<Acc>,
+      .packed_elements = packed_elements<T>,
       .pack = pack<T>,
       .scores = scores<T>,
       .accumulate = accumulate<T>,

@@ -1,62 +1,41 @@
 // Few queries: every row comes from memory once and is used a few times, so that what counts is
 // how early it was asked for.
 
-// The vector that holds element `e` of each of a vector of words, a word being as many stored
-// elements as fit one that is computed with.
 template <typename T, int kBytes>
-struct Words {
-  using Acc = Accumulator<T>;
-  using Word = std::conditional_t<sizeof(Acc) == 8, uint64_t, uint32_t>;
-  using Vector = typename VectorOf<Word, kBytes>::type;
-  using Sums = typename VectorOf<Acc, kBytes>::type;
-  static constexpr size_t kWordBytes = sizeof(Word);
-  static constexpr int kRows = kBytes / kWordBytes;
-  static constexpr int kElements = kWordBytes / sizeof(T);
-  static constexpr int64_t kStep = int64_t{kRows} * kElements;
-};
+constexpr int kLanesOf = kBytes / static_cast<int>(sizeof(T));
 
 // A vector of rows, an element of each, meets an element of each query: the sums run along the
 // depth in the same order as in dense.inl, so that a query's bits do not depend on how many share
-// its segment. Blocks of rows are transposed in registers, word by word, before they are widened.
+// its segment. Blocks of rows are transposed in registers.
 template <typename T, int kBytes, int kQueries>
-inline void stream_block(const T* const* rows, const T* const* ahead, int64_t count,
-                         const Accumulator<T>* x, int64_t x_stride, int64_t depth,
-                         Accumulator<T> scale, Accumulator<T>* scores, int64_t ld) {
-  using W = Words<T, kBytes>;
-  typename W::Sums sums[kQueries] = {};
-  const auto multiply = [&](const typename W::Vector& word, int64_t k, int64_t elements) {
-    const auto element = [&]<int kElement>(std::integral_constant<int, kElement>) {
-      if (kElement >= elements) return;
-      const typename W::Sums value = widen_word<T, kElement>(word);
+inline void stream_block(const T* const* rows, const T* const* ahead, int64_t count, const T* x,
+                         int64_t x_stride, int64_t depth, T scale, T* scores, int64_t ld) {
+  using Vector = typename VectorOf<T, kBytes>::type;
+  constexpr int kRows = kLanesOf<T, kBytes>;
+  Vector sums[kQueries] = {};
+  const auto multiply = [&](const Vector& elements, int64_t k) {
 #pragma GCC unroll 4
-      for (int q = 0; q < kQueries; ++q) sums[q] += value * x[q * x_stride + k + kElement];
-    };
-    element(std::integral_constant<int, 0>{});
-    if constexpr (W::kElements >= 2) element(std::integral_constant<int, 1>{});
-    if constexpr (W::kElements >= 4) {
-      element(std::integral_constant<int, 2>{});
-      element(std::integral_constant<int, 3>{});
-    }
+    for (int q = 0; q < kQueries; ++q) sums[q] += elements * x[q * x_stride + k];
   };
-  typename W::Vector block[W::kRows];
+  Vector block[kRows];
   int64_t k = 0;
-  for (; k + W::kStep <= depth; k += W::kStep) {
+  for (; k + kRows <= depth; k += kRows) {
 #pragma GCC unroll 16
-    for (int r = 0; r < W::kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       prefetch(ahead[r] + k);
-      block[r] = load_raw<typename W::Vector>(rows[r] + k);
+      block[r] = load_raw<Vector>(rows[r] + k);
     }
-    transpose<typename W::Word, kBytes>(block);
+    transpose<T, kBytes>(block);
 #pragma GCC unroll 16
-    for (int i = 0; i < W::kRows; ++i) multiply(block[i], k + i * W::kElements, W::kElements);
+    for (int i = 0; i < kRows; ++i) multiply(block[i], k + i);
   }
   if (k < depth) {
-    for (int r = 0; r < W::kRows; ++r) {
-      block[r] = typename W::Vector{};
+    for (int r = 0; r < kRows; ++r) {
+      block[r] = Vector{};
       std::memcpy(&block[r], rows[r] + k, static_cast<size_t>(depth - k) * sizeof(T));
     }
-    transpose<typename W::Word, kBytes>(block);
-    for (int i = 0; k < depth; ++i, k += W::kElements) multiply(block[i], k, depth - k);
+    transpose<T, kBytes>(block);
+    for (int i = 0; k < depth; ++i, ++k) multiply(block[i], k);
   }
   for (int q = 0; q < kQueries; ++q) {
     for (int64_t r = 0; r < count; ++r) scores[r * ld + q] = scale * sums[q][r];
@@ -66,10 +45,9 @@ inline void stream_block(const T* const* rows, const T* const* ahead, int64_t co
 // Rows [first, first + count), as many as a vector of kBytes has lanes or fewer.
 template <typename T, int kBytes>
 inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count,
-                        const RowBlock<T>& next, const Accumulator<T>* x, int64_t x_stride,
-                        int64_t queries, int64_t depth, Accumulator<T> scale,
-                        Accumulator<T>* scores, int64_t ld) {
-  constexpr int kRows = Words<T, kBytes>::kRows;
+                        const RowBlock<T>& next, const T* x, int64_t x_stride, int64_t queries,
+                        int64_t depth, T scale, T* scores, int64_t ld) {
+  constexpr int kRows = kLanesOf<T, kBytes>;
   const T* row[kRows];
   const T* ahead[kRows];
   for (int r = 0; r < kRows; ++r) {  // lanes without a row repeat the last
@@ -89,17 +67,15 @@ inline void stream_rows(const RowBlock<T>& rows, int64_t first, int64_t count,
 }
 
 template <typename T>
-void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride, int64_t queries,
-                   int64_t depth, Accumulator<T> scale, const RowBlock<T>& next,
-                   Accumulator<T>* scores) {
-  using Acc = Accumulator<T>;
-  const int64_t ld = padded<Acc>(queries);
-  if (ld != queries) std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(Acc));
+void stream_scores(RowBlock<T> rows, const T* x, int64_t x_stride, int64_t queries, int64_t depth,
+                   T scale, const RowBlock<T>& next, T* scores) {
+  const int64_t ld = padded<T>(queries);
+  if (ld != queries) std::memset(scores, 0, static_cast<size_t>(rows.count * ld) * sizeof(T));
   for (int64_t r = 0; r < rows.count;) {
     // Half the lanes where half are enough: half the work on as many rows.
     const auto run = [&]<int kBytes>(std::integral_constant<int, kBytes>) {
       const int64_t left = rows.count - r;
-      const int64_t count = left < Words<T, kBytes>::kRows ? left : Words<T, kBytes>::kRows;
+      const int64_t count = left < kLanesOf<T, kBytes> ? left : kLanesOf<T, kBytes>;
       stream_rows<T, kBytes>(rows, r, count, next, x, x_stride, queries, depth, scale,
                              scores + r * ld, ld);
       r += count;
@@ -107,13 +83,13 @@ void stream_scores(RowBlock<T> rows, const Accumulator<T>* x, int64_t x_stride, 
     constexpr int kBytes = L3EXT_VECTOR_BYTES;
     const int64_t left = rows.count - r;
     if constexpr (kBytes >= 64) {
-      if (left <= kLanes<Acc> / 4) {
+      if (left <= kLanes<T> / 4) {
         run(std::integral_constant<int, kBytes / 4>{});
         continue;
       }
     }
     if constexpr (kBytes >= 32) {
-      if (left <= kLanes<Acc> / 2) {
+      if (left <= kLanes<T> / 2) {
         run(std::integral_constant<int, kBytes / 2>{});
         continue;
       }
@@ -129,37 +105,50 @@ inline void stream_sum(const T* const* rows, const T* const* ahead, const Accumu
                        int64_t output_stride, int64_t row_stride, int64_t columns,
                        Accumulator<T>* out, int64_t out_stride) {
   using Acc = Accumulator<T>;
-  constexpr int kStep = kLanes<Acc>;
+  constexpr int kStep = kLanes<Acc>, kPart = kParts<T>;
   constexpr int64_t kLine = 64 / sizeof(T);
   Acc weight[kOutputs][kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kOutputs; ++i) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) weight[i][r] = weights[i * output_stride + r * row_stride];
+    for (int r = 0; r < kRows; ++r) {
+      weight[i][r] = weights[i * output_stride + r * row_stride] * Acc{kUnit<T>};
+    }
   }
+  const auto add = [&](int i, Vec<Acc> sum, const auto* values) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum += values[r] * weight[i][r];
+    return sum;
+  };
   int64_t c = 0;
-  for (; c + kStep <= columns; c += kStep) {
-    Vec<Acc> values[kRows];
+  for (; c + kPart * kStep <= columns; c += kPart * kStep) {
+    Vec<Acc> values[kPart][kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       if (c % kLine == 0) prefetch(ahead[r] + c);
-      values[r] = load(rows[r] + c);
+      Vec<Acc> parts[kPart];
+      load_parts(rows[r] + c, parts);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPart; ++p) values[p][r] = parts[p];
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kOutputs; ++i) {
-      Vec<Acc> sum = load(out + i * out_stride + c);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum += values[r] * weight[i][r];
-      store(sum, out + i * out_stride + c);
+#pragma GCC unroll 2
+      for (int p = 0; p < kPart; ++p) {
+        Acc* to = out + i * out_stride + c + p * kStep;
+        store(add(i, load(to), values[p]), to);
+      }
     }
   }
-  if (c < columns) {
+  for (; c < columns; c += kStep) {
+    const int64_t some = columns - c < kStep ? columns - c : kStep;
+    Vec<Acc> values[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) values[r] = load_partial_part(rows[r] + c, some);
 #pragma GCC unroll 8
     for (int i = 0; i < kOutputs; ++i) {
-      Vec<Acc> sum = load_partial(out + i * out_stride + c, columns - c);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum += load_partial(rows[r] + c, columns - c) * weight[i][r];
-      store_partial<Acc>(sum, out + i * out_stride + c, columns - c);
+      Acc* to = out + i * out_stride + c;
+      store_partial<Acc>(add(i, load_partial(to, some), values), to, some);
     }
   }
 }

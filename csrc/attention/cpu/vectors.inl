@@ -29,25 +29,6 @@ using U32 = typename VectorOf<uint32_t, L3EXT_VECTOR_BYTES>::type;
 using I32 = typename VectorOf<int32_t, L3EXT_VECTOR_BYTES>::type;
 using U16 = typename VectorOf<uint16_t, L3EXT_VECTOR_BYTES / 2>::type;
 
-inline float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t magnitude = half & 0x7fffu;
-  uint32_t bits;
-  if (magnitude >= 0x7c00u) {  // infinity, NaN (kept quiet)
-    bits =
-        sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) | (magnitude > 0x7c00u ? 0x400000u : 0);
-  } else if (magnitude >= 0x400u) {
-    bits = sign | ((magnitude + 0x1c000u) << 13);
-  } else {  // zero or subnormal: magnitude * 2^-24 is exact in float
-    const float value = static_cast<float>(magnitude) * 0x1p-24f;
-    std::memcpy(&bits, &value, 4);
-    bits |= sign;
-  }
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 inline uint16_t float_to_half(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -72,80 +53,103 @@ inline Vec<float> load(const float* p) { return load_raw<Vec<float>>(p); }
 inline Vec<float> load(const BFloat16* p) {
   return bit_cast_vector<Vec<float>>(__builtin_convertvector(load_raw<U16>(p), U32) << 16);
 }
-// Of as many halves as the argument holds.
-inline auto widen_halves(typename VectorOf<uint16_t, 8>::type halves) {
-  typename VectorOf<float, 16>::type v;
-#if defined(__aarch64__)
-  v = vcvt_f32_f16(bit_cast_vector<float16x4_t>(halves));
-#else
-  for (int i = 0; i < 4; ++i) v[i] = half_to_float(halves[i]);
-#endif
-  return v;
-}
-#if L3EXT_VECTOR_BYTES >= 32
-inline auto widen_halves(typename VectorOf<uint16_t, 16>::type halves) {
-  return bit_cast_vector<typename VectorOf<float, 32>::type>(
-      _mm256_cvtph_ps(bit_cast_vector<__m128i>(halves)));
-}
-#endif
-#if L3EXT_VECTOR_BYTES >= 64
-inline auto widen_halves(typename VectorOf<uint16_t, 32>::type halves) {
-  return bit_cast_vector<typename VectorOf<float, 64>::type>(
+inline Vec<float> widen_halves(U16 halves) {
+#if L3EXT_VECTOR_BYTES == 64
+  return bit_cast_vector<Vec<float>>(
       _mm512_maskz_cvtph_ps(0xffff, bit_cast_vector<__m256i>(halves)));
-}
+#elif L3EXT_VECTOR_BYTES == 32
+  return bit_cast_vector<Vec<float>>(_mm256_cvtph_ps(bit_cast_vector<__m128i>(halves)));
+#elif defined(__aarch64__)
+  return bit_cast_vector<Vec<float>>(vcvt_f32_f16(bit_cast_vector<float16x4_t>(halves)));
+#else
+  // Exponent and mantissa go where a float has them, the exponent rebiased from 15 to 127. That is
+  // the value but where the exponent is 0: there 2^-14 (m / 1024), and not 2^-15 (1 + m / 1024) as
+  // for a float; of the two, the smaller is right everywhere. Infinity and NaN have the largest.
+  constexpr uint32_t kInfinity = 0x7c00u << 13, kQuiet = 0x00400000u;
+#if defined(__x86_64__)  // GCC 12 would convert them one by one
+  const __m128i low = _mm_cvtsi64_si128(bit_cast_vector<int64_t>(halves));
+  const U32 words = (U32)_mm_unpacklo_epi16(low, _mm_setzero_si128());
+#else
+  const U32 words = __builtin_convertvector(halves, U32);
 #endif
+  const U32 magnitude = (words & 0x7fffu) << 13;
+  const auto normal = bit_cast_vector<Vec<float>>(magnitude + ((127u - 15u) << 23));
+  const Vec<float> subnormal = normal * 2.0f - 0x1p-14f;
+  const U32 number = bit_cast_vector<U32>(normal < subnormal ? normal : subnormal);
+  const U32 beyond =
+      (magnitude + ((255u - 31u) << 23)) | (magnitude > kInfinity ? U32{} + kQuiet : U32{});
+  const U32 value = magnitude < kInfinity ? number : beyond;
+  return bit_cast_vector<Vec<float>>(value | (words & 0x8000u) << 16);
+#endif
+}
 inline Vec<float> load(const Float16* p) { return widen_halves(load_raw<U16>(p)); }
 
-// Of every word, byte number kByte as the highest one.
-template <int kByte, typename Words>
-inline Words byte_on_top(Words words) {
-  if constexpr (kByte == 3) {
-    return words;
-  } else {
-    return words << (24 - 8 * kByte);
-  }
-}
-template <int kByte, typename Words>
-inline auto widen_int8(Words words) {
-  using Integers = typename VectorOf<int32_t, sizeof(Words)>::type;
-  const auto value = bit_cast_vector<Integers>(byte_on_top<kByte>(words)) >> 24;
-  return __builtin_convertvector(value, typename VectorOf<float, sizeof(Words)>::type);
-}
-// Exponent and mantissa go where a float has them, the exponent rebiased from 7 to 127. That is the
-// value but where the exponent is 0: there 2^-6 (m / 8), and not 2^-7 (1 + m / 8) as for a float;
-// of the two, the smaller is right everywhere. No step meets a subnormal float, which would be
-// slow, and zero where the caller flushes them. The largest magnitude alone is no number.
-template <int kByte, typename Words>
-inline auto widen_e4m3(Words words) {
-  using Floats = typename VectorOf<float, sizeof(Words)>::type;
-  const Words top = byte_on_top<kByte>(words);
-  const Words magnitude = (top >> 4) & 0x07f00000u;
-  const auto normal = bit_cast_vector<Floats>(magnitude + ((127u - 7u) << 23));
-  const auto subnormal = normal * 2.0f - 0x1p-6f;
-  const auto value = bit_cast_vector<Words>(normal < subnormal ? normal : subnormal);
-  const Words number = value | (top & 0x80000000u);
-  return bit_cast_vector<Floats>(magnitude == 0x07f00000u ? Words{} + 0x7fc00000u : number);
-}
-
-// As many bytes as there are words, sign-extended. GCC 12 would convert such a vector element by
-// element: hence the instructions by name.
-inline U32 load_bytes(const void* p) {
+// As many bytes as a vector has words, or 16-bit words, sign-extended. GCC 12 would convert such
+// vectors element by element: hence the instructions by name.
+inline I32 load_bytes(const void* p) {
 #if L3EXT_VECTOR_BYTES == 64
-  return (U32)_mm512_maskz_cvtepi8_epi32(0xffff,
-                                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (I32)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i*)p));
 #elif L3EXT_VECTOR_BYTES == 32
-  return (U32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
-  U32 v;
-  // NOLINTNEXTLINE(bugprone-signed-char-misuse): the sign is meant to be extended.
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = static_cast<const int8_t*>(p)[i];
-  return v;
+  int32_t bytes;
+  std::memcpy(&bytes, p, sizeof(bytes));
+#if defined(__aarch64__)
+  return (I32)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)))));
+#else
+  const __m128i twice = _mm_unpacklo_epi8(_mm_cvtsi32_si128(bytes), _mm_cvtsi32_si128(bytes));
+  return (I32)_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24);
+#endif
+#endif
+}
+using Words16 = typename VectorOf<uint16_t, L3EXT_VECTOR_BYTES>::type;
+inline Words16 load_bytes_as_words16(const void* p) {
+#if L3EXT_VECTOR_BYTES == 64
+  return (Words16)_mm512_maskz_cvtepi8_epi16(0xffffffff, _mm256_loadu_si256((const __m256i*)p));
+#elif L3EXT_VECTOR_BYTES == 32
+  return (Words16)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+  return (Words16)vmovl_s8(vld1_s8(static_cast<const int8_t*>(p)));
+#else
+  const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+  return (Words16)_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
 #endif
 }
 inline Vec<float> load(const int8_t* p) {
-  return __builtin_convertvector(bit_cast_vector<I32>(load_bytes(p)), Vec<float>);
+  return __builtin_convertvector(load_bytes(p), Vec<float>);
 }
-inline Vec<float> load(const Float8E4M3* p) { return widen_e4m3<0>(load_bytes(p)); }
+
+// Codes of float8_e4m3fn, sign-extended, as float16 numbers of 2^-8 times the value: its exponent
+// and mantissa have room in theirs, subnormals too, whose widening no setting flushes. One code and
+// its negative are no number: only they carry into the bit that makes the exponent the largest.
+template <typename Words>
+inline Words halves_of_e4m3(Words codes) {
+  const Words halves = (codes << 7) & static_cast<uint16_t>(0xbf80);
+  const Words carried = halves + static_cast<uint16_t>(0x0080);
+  return halves | (carried & static_cast<uint16_t>(0x4000));
+}
+inline Vec<float> load(const Float8E4M3* p) {
+  return widen_halves(halves_of_e4m3(__builtin_convertvector(load_bytes(p), U16))) * 256.0f;
+}
+
+// What load_parts() gives in terms of elements: of float8 multiples of 2^-8, since a multiplication
+// of each element takes as long as that with a query.
+template <typename T>
+constexpr float kUnit = std::is_same_v<T, Float8E4M3> ? 256.0f : 1.0f;
+// Vectors that are loaded together: two of rows in 8 bits, which share the first steps.
+template <typename T>
+constexpr int kParts = sizeof(T) == 1 ? 2 : 1;
+
+template <typename T>
+inline void load_parts(const T* p, Vec<Accumulator<T>> (&to)[kParts<T>]) {
+  for (int i = 0; i < kParts<T>; ++i) to[i] = load(p + i * kLanes<Accumulator<T>>);
+}
+inline void load_parts(const Float8E4M3* p, Vec<float> (&to)[2]) {
+  const Words16 codes = halves_of_e4m3(load_bytes_as_words16(p));
+  U16 halves[2];
+  std::memcpy(halves, &codes, sizeof(codes));
+  for (int i = 0; i < 2; ++i) to[i] = widen_halves(halves[i]);
+}
 
 inline void store(Vec<double> v, double* p) { std::memcpy(p, &v, sizeof(v)); }
 inline void store(Vec<float> v, float* p) { std::memcpy(p, &v, sizeof(v)); }
@@ -199,6 +203,10 @@ inline auto load_partial(const T* p, int64_t count) {
   T buffer[kLanes<Accumulator<T>>] = {};
   std::memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
   return load(buffer);
+}
+template <typename T>
+inline auto load_partial_part(const T* p, int64_t count) {
+  return load_partial(p, count) * (Accumulator<T>{1} / kUnit<T>);
 }
 template <typename Acc, typename T>
 inline void store_partial(Vec<Acc> v, T* p, int64_t count) {
@@ -322,26 +330,6 @@ inline void transpose(typename VectorOf<Lane, kBytes>::type* v) {
     }
   }
   if constexpr (kDistance > 1) transpose<Lane, kBytes, kDistance / 2>(v);
-}
-
-// Of every word, its stored element number kElement, widened.
-template <typename T, int kElement, typename WordVector>
-inline auto widen_word(WordVector words) {
-  constexpr int kBytes = sizeof(WordVector);
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    return bit_cast_vector<typename VectorOf<T, kBytes>::type>(words);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return bit_cast_vector<typename VectorOf<float, kBytes>::type>(
-        kElement == 0 ? words << 16 : words & 0xffff0000u);
-  } else if constexpr (std::is_same_v<T, int8_t>) {
-    return widen_int8<kElement>(words);
-  } else if constexpr (std::is_same_v<T, Float8E4M3>) {
-    return widen_e4m3<kElement>(words);
-  } else {
-    const auto halves = __builtin_convertvector(kElement == 0 ? words & 0xffffu : words >> 16,
-                                                typename VectorOf<uint16_t, kBytes / 2>::type);
-    return widen_halves(halves);
-  }
 }
 
 // --- rows --------------------------------------------------------------------------------------
