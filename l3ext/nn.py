@@ -67,6 +67,7 @@ class L3Layer(nn.Module):
 
     table: nn.Parameter | None
     _quantized_dtype: torch.dtype | None
+    _quantized: QuantizedTable | None
     offsets: Tensor
 
     def __init__(
@@ -109,6 +110,7 @@ class L3Layer(nn.Module):
         self.norm_in = nn.RMSNorm(d_model, eps=eps, **factory)
         self.table = nn.Parameter(torch.empty(allocation.total_rows, width, **factory))
         self._quantized_dtype = None
+        self._quantized = None  # made of the buffer when it is asked for, and kept
         self.up = nn.Linear(d_emb, d_up, bias=False, **factory)
         self.norm_out = nn.RMSNorm(d_up, eps=eps, **factory)
         self.mix = nn.Linear(d_up + d_model, d_model, bias=False, **factory)
@@ -158,7 +160,13 @@ class L3Layer(nn.Module):
         if self._quantized_dtype is None:
             return None
         storage = self.get_buffer(_buffer_name(self._quantized_dtype))
-        return QuantizedTable(storage, self._quantized_dtype, self.d_model, self.d_emb, self.tied)
+        table = self._quantized
+        if table is None or table.storage is not storage or torch.compiler.is_compiling():
+            sizes = (self.d_model, self.d_emb, self.tied)
+            table = QuantizedTable(storage, self._quantized_dtype, *sizes)
+            if not torch.compiler.is_compiling():
+                self._quantized = table
+        return table
 
     def quantize_(self, dtype: torch.dtype = torch.int8) -> L3Layer:
         """Store the table in 8 bits, for inference: :func:`l3ext.quantize_rows`.
@@ -192,7 +200,7 @@ class L3Layer(nn.Module):
         if table is not None:
             assert self._quantized_dtype is not None
             delattr(self, _buffer_name(self._quantized_dtype))
-            self._quantized_dtype = None
+            self._quantized_dtype = self._quantized = None
             return table
         if self.table is None:
             raise RuntimeError(_TABLE_GONE)

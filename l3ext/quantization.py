@@ -9,6 +9,7 @@ widened but in registers.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class QuantizedTable:
     d_in: int  #: width of the keys
     d_emb: int  #: width of the values
     tied: bool = False  #: the values are the keys
+    # Made once: to make them takes longer than some of the steps that read them.
+    _views: tuple[Tensor, Tensor, Tensor, Tensor] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_quantized_dtype(self.dtype)
@@ -60,32 +63,37 @@ class QuantizedTable:
                 f"{self.d_emb}{', tied' if self.tied else ''}, got shape {shape}, strides "
                 f"{list(self.storage.stride())}"
             )
+        elements, words = self.storage.view(self.dtype), self.storage.view(torch.float32)
+        keys, key_scales = elements[:, : self.d_in], words[:, self.scale_offset // 4]
+        values, value_scales = keys, key_scales
+        if not self.tied:
+            values = elements[:, self.d_in : self.d_in + self.d_emb]
+            value_scales = words[:, self.scale_offset // 4 + 1]
+        object.__setattr__(self, "_views", (keys, values, key_scales, value_scales))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Views in a pickle of their own would have storages of their own.
+        return QuantizedTable, (self.storage, self.dtype, self.d_in, self.d_emb, self.tied)
 
     @property
     def keys(self) -> Tensor:
         """[v, d_in] of ``dtype``: a strided view."""
-        return self.storage.view(self.dtype)[:, : self.d_in]
+        return self._views[0]
 
     @property
     def values(self) -> Tensor:
         """[v, d_emb] of ``dtype``: a strided view; the keys if tied."""
-        if self.tied:
-            return self.keys
-        return self.storage.view(self.dtype)[:, self.d_in : self.d_in + self.d_emb]
+        return self._views[1]
 
     @property
     def key_scales(self) -> Tensor:
         """float32 [v]: a strided view."""
-        return self._scales(0)
+        return self._views[2]
 
     @property
     def value_scales(self) -> Tensor:
         """float32 [v]: a strided view; the keys' if tied."""
-        return self._scales(0 if self.tied else 1)
-
-    def _scales(self, which: int) -> Tensor:
-        first = _scale_offset(self.d_in, self.d_emb, self.tied) // 4
-        return self.storage.view(torch.float32)[:, first + which]
+        return self._views[3]
 
     @property
     def scale_offset(self) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import io
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -104,6 +108,36 @@ def test_release_and_restore(row_dtype):
         layer.quantize_()
     layer.restore_table(table)
     assert torch.equal(layer(x, ids), out)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_is_kept_and_its_copies_read_their_own_storage(tied):
+    layer = make_layer(tied=tied).quantize_()
+    assert layer.quantized is layer.quantized
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        table = other.quantized
+        assert table.storage is other.table_int8
+        for view in (table.keys, table.values, table.key_scales, table.value_scales):
+            assert view.untyped_storage().data_ptr() == table.storage.data_ptr()
+            assert view.untyped_storage().data_ptr() != layer.table_int8.data_ptr()
+        assert torch.equal(table.dequantize(), layer.quantized.dequantize())
+
+
+def test_a_kept_table_follows_its_buffer_and_goes_with_it():
+    layer, (x, ids) = make_layer().quantize_(), make_step()
+    before = layer(x, ids)
+    storage = weakref.ref(layer.quantized.storage)
+    layer.table_int8 = torch.zeros_like(layer.table_int8)
+    assert layer.quantized.storage is layer.table_int8
+    assert not torch.equal(layer(x, ids), before)
+    gc.collect()
+    assert storage() is None
+    storage = weakref.ref(layer.quantized.storage)
+    taken = layer.release_table()
+    assert taken.storage is storage() and layer.quantized is None
+    del taken
+    gc.collect()
+    assert storage() is None
 
 
 def test_what_it_refuses():
