@@ -134,7 +134,8 @@ def test_a_kept_table_follows_its_buffer_and_goes_with_it():
     assert storage() is None
     storage = weakref.ref(layer.quantized.storage)
     taken = layer.release_table()
-    assert taken.storage is storage() and layer.quantized is None
+    assert taken.storage is storage()
+    assert layer.quantized is None
     del taken
     gc.collect()
     assert storage() is None
