@@ -80,7 +80,7 @@ else ifneq ($(CUDA),OFF)
 endif
 
 # Attention by NEON, where the tools are: on Debian the packages g++-aarch64-linux-gnu and qemu-user.
-AARCH64_TESTS := attention_test attention_dtypes_test core_test row_kernels_test
+AARCH64_TESTS := attention_test attention_dtypes_test core_test quantized_rows_test row_kernels_test
 AARCH64_MISSING := $(foreach tool,aarch64-linux-gnu-g++ qemu-aarch64,$(if $(shell command -v $(tool)),,$(tool)))
 
 test-aarch64: $(VENV)/.cmake
