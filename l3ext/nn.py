@@ -160,12 +160,14 @@ class L3Layer(nn.Module):
         if self._quantized_dtype is None:
             return None
         storage = self.get_buffer(_buffer_name(self._quantized_dtype))
-        table = self._quantized
-        if table is None or table.storage is not storage or torch.compiler.is_compiling():
-            sizes = (self.d_model, self.d_emb, self.tied)
-            table = QuantizedTable(storage, self._quantized_dtype, *sizes)
-            if not torch.compiler.is_compiling():
-                self._quantized = table
+        # Compiled code makes its own: it would be compiled again when what is kept changes.
+        kept = None if torch.compiler.is_compiling() else self._quantized
+        if kept is not None and kept.storage is storage:
+            return kept
+        sizes = (self.d_model, self.d_emb, self.tied)
+        table = QuantizedTable(storage, self._quantized_dtype, *sizes)
+        if not torch.compiler.is_compiling():
+            self._quantized = table
         return table
 
     def quantize_(self, dtype: torch.dtype = torch.int8) -> L3Layer:

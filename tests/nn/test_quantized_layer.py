@@ -95,6 +95,16 @@ def test_autocast_and_compile():
         torch.testing.assert_close(compiled(x, ids), layer(x, ids))
 
 
+def test_compiled_code_is_not_made_again_when_a_table_is_kept():
+    layer, (x, ids) = make_layer().quantize_(), make_step()
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        out = compiled(x, ids)
+        assert layer.quantized is layer.quantized
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(x, ids), out)
+
+
 @pytest.mark.parametrize("row_dtype", DTYPES)
 def test_release_and_restore(row_dtype):
     layer, (x, ids) = make_layer().quantize_(row_dtype), make_step()

@@ -104,9 +104,9 @@ struct RowKernels {
   int64_t (*packed_elements)(int64_t queries, int64_t depth);
   void (*pack)(const Query<T>* const* x, int64_t queries, int64_t depth, Acc* packed);
 
-  // scores[r * padded(queries) + q] = scale * dot(query q, row r) over `depth` elements. Each
-  // product is summed along the depth; only the kernels of AVX512-BF16 and AMX sum some queries'
-  // otherwise than others'.
+  // scores[r * padded(queries) + q] = scale * dot(query q, row r) over `depth` elements. All
+  // products are summed in the same order, which depends on T and the instruction set; only the
+  // kernels of AVX512-BF16 and AMX sum some queries' otherwise than others'.
   void (*scores)(RowBlock<T> rows, const Acc* packed, int64_t queries, int64_t depth, Acc scale,
                  const Ahead<T>& ahead, Acc* scores);
 
