@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
@@ -274,6 +275,25 @@ std::vector<l3ext::cpu::Unit> units_of(const std::vector<std::pair<int64_t, int6
   return units;
 }
 
+// Of the same cost in the order of the plan, whatever the costs are: nothing, or more than 32 bits.
+void the_longest_come_first() {
+  std::mt19937 random(2);
+  for (const int64_t most : std::vector<int64_t>{1, 3, 300, 70'000, 3'000'000'000}) {
+    std::vector<std::pair<int64_t, int64_t>> sizes(1 + random() % 500);
+    for (auto& [queries, rows] : sizes) {
+      queries = 1 + static_cast<int64_t>(random() % 3);
+      rows = static_cast<int64_t>(random()) % most;
+    }
+    const auto units = units_of(sizes);
+    std::vector<int32_t> expected(units.size());
+    std::iota(expected.begin(), expected.end(), 0);
+    std::stable_sort(expected.begin(), expected.end(),
+                     [&](int32_t a, int32_t b) { return units[a].cost() > units[b].cost(); });
+    EXPECT(l3ext::cpu::longest_first(units) == expected);
+  }
+  EXPECT(l3ext::cpu::longest_first({}).empty());
+}
+
 void units_of_few_queries_ride_along() {
   std::mt19937 random(1);
   for (int round = 0; round < 200; ++round) {
@@ -335,6 +355,7 @@ int main() {
   RUN(rows_behind_addresses_are_those_of_the_table);
   RUN(units_cover_every_query_once);
   RUN(units_of_a_segment_share_its_queries_evenly);
+  RUN(the_longest_come_first);
   RUN(units_of_few_queries_ride_along);
   RUN(riders_are_shared_out_by_products);
   RUN(a_plan_that_does_not_fit_writes_nothing);

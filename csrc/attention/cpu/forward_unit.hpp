@@ -49,9 +49,11 @@ class ForwardUnits {
     return {static_cast<const Row*>(p_.values.data) + unit.row_begin * p_.values.stride,
             p_.values.stride, unit.rows()};
   }
+  // Outputs too: a store to a line that no cache holds reads it first.
   void wish_for_queries(const Unit& unit, WishList& wishes) const {
     for (int64_t q = unit.query_begin; q < unit.query_end; ++q) {
-      wishes.add(range_of(RowBlock<T>{x_row(q), p_.d_in, 1}, p_.d_in));
+      if (unit.rows() > 1) wishes.add(range_of(RowBlock<T>{x_row(q), p_.d_in, 1}, p_.d_in));
+      wishes.add(range_of(RowBlock<T>{y_row(q), p_.d_emb, 1}, p_.d_emb));
     }
   }
 

@@ -231,20 +231,24 @@ void interleave_rows(const RowBlock<BFloat16>& rows, int64_t columns, int64_t de
   }
 }
 
-// Outputs that share one interleaving of rows: their weights for 128 rows take 32 KiB, the rows'
-// pairs 8 KiB.
+// Outputs that share one interleaving of rows: their weights for 256 rows take 64 KiB, the rows'
+// pairs 16 KiB.
 constexpr int64_t kOutputs = 8 * kWords;
 
 // Of columns that are a multiple of kWords.
 void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_stride,
                   int64_t row_stride, int64_t outputs, int64_t columns,
                   const Ahead<BFloat16>& ahead, bool add, float* out, int64_t out_stride) {
-  constexpr int64_t kRows = 128, kPanel = 2 * kWords;
+  // Rows between two visits of the sums: the weights of many outputs may pass through the
+  // second-level cache, those of few stay in the first.
+  constexpr int64_t kRows = 256, kFewRows = 128, kPanel = 2 * kWords;
   alignas(64) uint32_t pairs[kRows / 2 * kPanel];
   alignas(64) BFloat16 rounded[kOutputs * kRows];
+  const bool few = outputs <= BlockProduct::kFewQueries;
+  const int64_t visit = few ? kFewRows : kRows;
   BlockProduct product;
-  for (int64_t r = 0; r < rows.count; r += kRows) {
-    const int64_t count = smaller(kRows, rows.count - r), width = round_up(count, kDepth);
+  for (int64_t r = 0; r < rows.count; r += visit) {
+    const int64_t count = smaller(visit, rows.count - r), width = round_up(count, kDepth);
     const int64_t depth = round_up(count, BlockProduct::kDepthStep);
     const RowBlock<BFloat16> after = rows_ahead(rows, r + count, ahead.next);
     for (int64_t i = 0; i < outputs; i += kOutputs) {
@@ -253,11 +257,11 @@ void add_products(RowBlock<BFloat16> rows, const float* weights, int64_t output_
                     count, rounded, width);
       for (int64_t c = 0; c < columns; c += kPanel) {
         const int64_t panel = smaller(kPanel, columns - c);
-        for (int64_t k = 0; i == 0 && k < smaller(count, after.count); ++k) {
-          prefetch(after.row(k) + c);
-        }
-        for (int64_t k = 0; c + kPanel < columns && k < count; ++k) {
-          prefetch(rows.row(r + k) + c + kPanel);
+        if (few) {  // the rows of many outputs were asked for as wanted
+          for (int64_t k = 0; k < smaller(count, after.count); ++k) prefetch(after.row(k) + c);
+          for (int64_t k = 0; c + kPanel < columns && k < count; ++k) {
+            prefetch(rows.row(r + k) + c + kPanel);
+          }
         }
         interleave_rows({rows.row(r) + c, rows.stride, count}, panel, depth, pairs);
         product(rounded, width, some, {.wanted = ahead.wanted},

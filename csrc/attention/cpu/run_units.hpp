@@ -30,12 +30,13 @@ void wish_for_rows(const Inputs& inputs, const Unit& unit, WishList& wishes) {
 // the thread runs then, or -1.
 //
 // Inputs: keys(unit) and values(unit), RowBlocks of d_in() and d_emb() columns, and
-// wish_for_queries(unit, wishes).
+// wish_for_queries(unit, wishes): for what belongs to its queries.
 template <typename Row, typename Inputs, typename Run>
 void run_units(int num_threads, const RowKernels<Row>& kernels, const Inputs& inputs,
                const std::vector<Unit>& units, const Run& run) {
   // More than the second-level cache keeps; the next one catches what it does not.
   constexpr int64_t kRiderBytes = int64_t{1} << 21;
+  constexpr int64_t kFirstRows = 32;  // as many as products of many queries take at once
   const bool asks = kernels.asks_for_wanted;
   const int64_t row_bytes = (inputs.d_in() + inputs.d_emb()) * static_cast<int64_t>(sizeof(Row));
   const Schedule schedule =
@@ -52,10 +53,19 @@ void run_units(int num_threads, const RowKernels<Row>& kernels, const Inputs& in
           if (many && unit(begin).rows() > 1) {
             wishes.add_rows(inputs.values(unit(begin)), inputs.d_emb());
           }
-          for (int64_t i = begin + 1; i < end; ++i) wish_for_rows(inputs, unit(i), wishes);
-          if (after >= 0 && units[after].rows() > 1) {
-            inputs.wish_for_queries(units[after], wishes);
-            if (end == begin + 1) wish_for_rows(inputs, units[after], wishes);
+          for (int64_t i = begin + 1; i < end; ++i) {
+            inputs.wish_for_queries(unit(i), wishes);
+            wish_for_rows(inputs, unit(i), wishes);
+          }
+          if (after >= 0) {
+            const Unit& next = units[after];
+            inputs.wish_for_queries(next, wishes);
+            if (end == begin + 1) {
+              wish_for_rows(inputs, next, wishes);
+            } else if (next.rows() > 1) {  // it asks for the others itself, while these pass
+              wishes.add_rows(inputs.keys(next).part(0, std::min(next.rows(), kFirstRows)),
+                              inputs.d_in());
+            }
           }
         }
         Wanted wanted = wishes.wanted();
