@@ -193,20 +193,20 @@ class Backward {
       }
       first += segment.size();
     }
-    run_units(p_.num_threads, kernels_, *this, units, [&](int64_t i, int64_t, Wanted& wanted) {
-      const Unit& unit = units[i];
-      const bool is_whole = i < std::ssize(whole);
-      Carver sizes;
-      if (is_whole) carve(sizes, unit);
-      carve_work(sizes, unit.queries());
-      Carver scratch(thread_scratch(sizes.bytes()));
-      const Saved of = is_whole ? carve(scratch, unit) : saved[i - whole.size()];
-      const Work work = carve_work(scratch, unit.queries());
-      query_gradients(unit, of, work, wanted);
-      if (is_whole && wants_rows()) {
-        row_gradients(unit, {&of, 1}, 0, unit.rows(), work.sums, wanted);
-      }
-    });
+    run_units(p_.num_threads, kernels_, *this, units,
+              [&](int64_t i, const Unit& unit, const Unit*, Wanted& wanted) {
+                const bool is_whole = i < std::ssize(whole);
+                Carver sizes;
+                if (is_whole) carve(sizes, unit);
+                carve_work(sizes, unit.queries());
+                Carver scratch(thread_scratch(sizes.bytes()));
+                const Saved of = is_whole ? carve(scratch, unit) : saved[i - whole.size()];
+                const Work work = carve_work(scratch, unit.queries());
+                query_gradients(unit, of, work, wanted);
+                if (is_whole && wants_rows()) {
+                  row_gradients(unit, {&of, 1}, 0, unit.rows(), work.sums, wanted);
+                }
+              });
     parallel_for(p_.num_threads, static_cast<int64_t>(slices.size()), [&](int64_t i) {
       Carver sizes;
       carve_work(sizes, 0);

@@ -84,7 +84,7 @@ inline void dot_tile(const Stored* const* rows, const Stored* const* ahead, cons
     Vec<float> elements[kRows][kPart];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      if (ahead != nullptr && k % kLine == 0) prefetch(ahead[r] + k);
+      if (ahead != nullptr && k % kLine == 0) prefetch_near(ahead[r] + k);
       load_parts(rows[r] + k, elements[r]);
     }
     multiply(k, elements);
@@ -154,7 +154,7 @@ void dot_scores(const RowBlock<T>& rows, const float* packed, int64_t queries, i
       alignas(64) float widened[kRows][kDotDepth];
       const float* wide[kRows];
       for (int i = 0; i < kRows; ++i) {
-        for (int64_t c = 0; c < count; c += 64) prefetch(ahead[i] + c);
+        for (int64_t c = 0; c < count; c += 64) prefetch_near(ahead[i] + c);
         widen_parts(row[i], count, widened[i]);
         wide[i] = widened[i];
       }

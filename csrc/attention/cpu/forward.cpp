@@ -38,8 +38,8 @@ class Forward : ForwardUnits<T, Row> {
       run_shared(units);
     } else {
       run_units(p_.num_threads, this->kernels(), static_cast<const Units&>(*this), units,
-                [&](int64_t unit, int64_t next, Wanted& wanted) {
-                  run_unit(units[unit], next < 0 ? nullptr : &units[next], wanted);
+                [&](int64_t, const Unit& unit, const Unit* next, Wanted& wanted) {
+                  run_unit(unit, next, wanted);
                 });
     }
   }

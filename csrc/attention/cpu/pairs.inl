@@ -53,7 +53,7 @@ inline void score_pairs(const RowBlock<BFloat16>& rows, const BFloat16* const* a
   if (after != nullptr) {
     add_all([&] {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) prefetch(after[r] + k);
+      for (int r = 0; r < kRows; ++r) prefetch_near(after[r] + k);
     });
   } else if (wanted != nullptr) {
     add_all([&] { wanted->ask(1); });

@@ -26,8 +26,8 @@ void wish_for_rows(const Inputs& inputs, const Unit& unit, WishList& wishes) {
   wishes.add(of_keys);
 }
 
-// Calls run(unit, next, wanted) once for each index of `units`; `next`: the index of the unit that
-// the thread runs then, or -1.
+// Calls run(i, unit, next, wanted) once for each units[i]; `next`: what the thread runs then, or
+// null.
 //
 // Inputs: keys(unit) and values(unit), RowBlocks of d_in() and d_emb() columns, and
 // wish_for_queries(unit, wishes): for what belongs to its queries.
@@ -41,36 +41,39 @@ void run_units(int num_threads, const RowKernels<Row>& kernels, const Inputs& in
   const int64_t row_bytes = (inputs.d_in() + inputs.d_emb()) * static_cast<int64_t>(sizeof(Row));
   const Schedule schedule =
       make_schedule(units, kernels.few_queries, asks ? kRiderBytes / row_bytes : 0);
+  // In the order of work, so that they are read one after the other: here and there, each would be
+  // a cache line that another core holds.
+  std::vector<Unit> ordered(units.size());
+  std::transform(schedule.units.begin(), schedule.units.end(), ordered.begin(),
+                 [&](int32_t i) { return units[i]; });
   parallel_for_ahead(
       num_threads, std::ssize(schedule.tasks) - 1, [&](int64_t task, int64_t next_task) {
         const int64_t begin = schedule.tasks[task], end = schedule.tasks[task + 1];
-        const auto unit = [&](int64_t i) -> const Unit& { return units[schedule.units[i]]; };
-        const int64_t after = next_task < 0 ? -1 : schedule.units[schedule.tasks[next_task]];
+        const Unit* const after = next_task < 0 ? nullptr : &ordered[schedule.tasks[next_task]];
         thread_local WishList wishes;  // kept between calls, empty
         wishes.clear();
         if (asks) {
-          const bool many = unit(begin).queries() > kernels.few_queries;
-          if (many && unit(begin).rows() > 1) {
-            wishes.add_rows(inputs.values(unit(begin)), inputs.d_emb());
+          const Unit& first = ordered[begin];
+          if (first.queries() > kernels.few_queries && first.rows() > 1) {
+            wishes.add_rows(inputs.values(first), inputs.d_emb());
           }
           for (int64_t i = begin + 1; i < end; ++i) {
-            inputs.wish_for_queries(unit(i), wishes);
-            wish_for_rows(inputs, unit(i), wishes);
+            inputs.wish_for_queries(ordered[i], wishes);
+            wish_for_rows(inputs, ordered[i], wishes);
           }
-          if (after >= 0) {
-            const Unit& next = units[after];
-            inputs.wish_for_queries(next, wishes);
+          if (after != nullptr) {
+            inputs.wish_for_queries(*after, wishes);
             if (end == begin + 1) {
-              wish_for_rows(inputs, next, wishes);
-            } else if (next.rows() > 1) {  // it asks for the others itself, while these pass
-              wishes.add_rows(inputs.keys(next).part(0, std::min(next.rows(), kFirstRows)),
+              wish_for_rows(inputs, *after, wishes);
+            } else if (after->rows() > 1) {  // it asks for the others itself, while these pass
+              wishes.add_rows(inputs.keys(*after).part(0, std::min(after->rows(), kFirstRows)),
                               inputs.d_in());
             }
           }
         }
         Wanted wanted = wishes.wanted();
         for (int64_t i = begin; i < end; ++i) {
-          run(schedule.units[i], i + 1 < end ? schedule.units[i + 1] : after, wanted);
+          run(schedule.units[i], ordered[i], i + 1 < end ? &ordered[i + 1] : after, wanted);
         }
       });
 }
