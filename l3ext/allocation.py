@@ -440,3 +440,8 @@ def _checksum(tensors: dict[str, npt.NDArray[Any]]) -> str:
     return ",".join(
         f"{name}:{_C.crc32c(np.ascontiguousarray(tensors[name])):08x}" for name in sorted(tensors)
     )
+
+
+def rows_checksum(allocation: Allocation) -> str:
+    """CRC-32C of who owns how many rows, for telling one allocation's table from another's."""
+    return _checksum({"rows": allocation.rows})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l3ext._arrays import Array, from_numpy
 from l3ext._checks import check_flags, integer, number
 from l3ext._operators import as_device
-from l3ext.allocation import Allocation
+from l3ext.allocation import Allocation, rows_checksum
 from l3ext.ops import segmented_attention, table_attention
 from l3ext.plans import Plan, as_ids, make_plan
 from l3ext.quantization import QuantizedTable, check_quantized_dtype, quantize_rows, row_bytes
@@ -22,6 +22,8 @@ _TABLE_GONE = (
 )
 
 
+# In the metadata of a state dict: whose rows the table has.
+_ALLOCATION = "l3_allocation"
 _AUTOCAST_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -54,6 +56,11 @@ class L3Layer(nn.Module):
             :class:`torch.nn.Embedding` has it; for ``torch.optim.SparseAdam`` or ``SGD``. The
             layer cannot be compiled then, and on CUDA its backward pass waits for the device.
         device, dtype: of the parameters.
+
+    The allocation is not in the state dict: save it beside (:meth:`Allocation.save`). As long as
+    the state dict keeps its metadata, as ``torch.save`` and ``torch.load`` do, ``load_state_dict``
+    refuses rows that belong to another allocation's tokens (RuntimeError, as for wrong shapes; the
+    table stays as it was).
 
     Attributes:
         table: Parameter [v, d_model + d_emb], row-interleaved keys and values ([v, d_model] if
@@ -114,7 +121,7 @@ class L3Layer(nn.Module):
         self.up = nn.Linear(d_emb, d_up, bias=False, **factory)
         self.norm_out = nn.RMSNorm(d_up, eps=eps, **factory)
         self.mix = nn.Linear(d_up + d_model, d_model, bias=False, **factory)
-        # Not in the state dict: it follows from the allocation, which the owner of the layer saves.
+        # Not in the state dict: they follow from the allocation, which the layer's owner saves.
         offsets = torch.empty(allocation.vocab_size + 1, dtype=torch.int64, device=device)
         self.register_buffer("offsets", offsets, persistent=False)
         self.reset_parameters()
@@ -144,8 +151,34 @@ class L3Layer(nn.Module):
             with torch.no_grad():
                 self.offsets.copy_(offsets)
 
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*arguments, **options)
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Where torch keeps its modules' versions: no tensor more, and torch.save writes it.
+        if (metadata := getattr(destination, "_metadata", None)) is not None:
+            metadata[prefix[:-1]][_ALLOCATION] = rows_checksum(self.allocation)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored, own = local_metadata.get(_ALLOCATION), rows_checksum(self.allocation)
+        if stored not in (None, own):
+            error_msgs.append(
+                f"{prefix}table: expected rows of this layer's allocation ({own}), got those of "
+                f"another ({stored}), in which other tokens own them"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         # They are not in it, and a layer that was made on the meta device has none yet.
         self._fill_offsets()
 

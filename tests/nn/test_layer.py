@@ -103,6 +103,45 @@ def test_meta_device_then_loaded(assign):
     assert torch.equal(layer(x, ids), source(x, ids))
 
 
+def other_layer():
+    """As many rows in all, but other tokens own them."""
+    torch.manual_seed(1)
+    return L3Layer(16, 12, 20, Allocation.from_rows(ROWS[::-1].copy()), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+def test_rows_of_another_allocation_are_refused(tmp_path, within, assign):
+    def model(layer):
+        return torch.nn.Sequential(torch.nn.Linear(16, 16), layer) if within else layer
+
+    source, other = model(make_layer(dtype=torch.float32)), other_layer()
+    before = other.table.clone()
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    with pytest.raises(RuntimeError, match="table: expected rows of this layer's allocation"):
+        model(other).load_state_dict(weights, assign=assign)
+    assert torch.equal(other.table, before)
+
+    same = model(make_layer(dtype=torch.float32))
+    same.load_state_dict(weights, assign=assign)
+    x, ids = torch.randn(3, 16), torch.tensor([0, 3, 5])
+    layers = [m[1] if within else m for m in (source, same)]
+    assert torch.equal(layers[0](x, ids), layers[1](x, ids))
+
+
+def test_weights_without_metadata_load_as_torch_s_do():
+    source, same = make_layer(dtype=torch.float32), make_layer(dtype=torch.float32)
+    same.load_state_dict(dict(source.state_dict()))
+    assert torch.equal(same.table, source.table)
+
+
+def test_rows_of_another_allocation_are_refused_quantised():
+    source, other = make_layer(dtype=torch.float32).quantize_(), other_layer().quantize_()
+    with pytest.raises(RuntimeError, match="expected rows of this layer's allocation"):
+        other.load_state_dict(source.state_dict())
+
+
 def test_autocast_keeps_the_table_in_float32():
     layer = make_layer(dtype=torch.float32)
     x = torch.randn(2, 5, 16)
