@@ -351,17 +351,19 @@ void what_is_wanted_ends() {
   using l3ext::cpu::Wanted;
   alignas(64) static std::byte memory[640];
   const l3ext::cpu::MemoryRange ranges[] = {
-      {memory, memory + 1}, {memory + 64, memory + 64}, {memory, memory + 640}};
+      {.begin = memory, .bytes = 1},
+      {.begin = memory, .bytes = 100, .stride = 192, .count = 3},
+      {.begin = memory, .bytes = 640}};
   for (const size_t count : {size_t{0}, size_t{1}, std::size(ranges)}) {
     Wanted wanted(ranges, ranges + count);
     int asked = 0;
     for (; !wanted.empty() && asked < 100; ++asked) wanted.ask(1);
-    EXPECT(asked == (count == 0 ? 0 : count == 1 ? 1 : 1 + 1 + 10));
+    EXPECT(asked == (count == 0 ? 0 : count == 1 ? 1 : 1 + 3 * 2 + 10));
     wanted.ask(1000);
     EXPECT(wanted.empty());
   }
   Wanted several(ranges, ranges + std::size(ranges));
-  several.ask(11);
+  several.ask(16);
   EXPECT(!several.empty());
   several.ask(1);
   EXPECT(several.empty());

@@ -14,8 +14,20 @@ namespace l3ext::cpu {
 template <typename T>
 MemoryRange range_of(const RowBlock<T>& rows, int64_t columns) {
   if (rows.count == 0) return {};
-  return {reinterpret_cast<const std::byte*>(rows.data),
-          reinterpret_cast<const std::byte*>(rows.row(rows.count - 1) + columns)};
+  const int64_t elements = (rows.count - 1) * rows.stride + columns;
+  return {.begin = reinterpret_cast<const std::byte*>(rows.data),
+          .bytes = elements * static_cast<int64_t>(sizeof(T))};
+}
+
+// Only the rows themselves.
+template <typename T>
+MemoryRange rows_of(const RowBlock<T>& rows, int64_t columns) {
+  if (rows.stride == columns || rows.count <= 1) return range_of(rows, columns);
+  constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+  return {.begin = reinterpret_cast<const std::byte*>(rows.data),
+          .bytes = columns * kSize,
+          .stride = rows.stride * kSize,
+          .count = rows.count};
 }
 
 // A prefetch from a page that the translation buffers do not know lets nothing after it retire
@@ -23,9 +35,14 @@ MemoryRange range_of(const RowBlock<T>& rows, int64_t columns) {
 // are touched before lines are asked for one by one.
 inline void touch_pages(const MemoryRange& range) {
   constexpr uintptr_t kPage = 4096;
-  for (const std::byte* p = range.begin; p < range.end;
-       p += kPage - reinterpret_cast<uintptr_t>(p) % kPage) {
-    __builtin_prefetch(p, 0, 2);
+  uintptr_t untouched = 0;  // where the page after the last one begins
+  for (int64_t i = 0; i < range.count; ++i) {
+    const std::byte* piece = range.begin + i * range.stride;
+    const auto end = reinterpret_cast<uintptr_t>(piece) + static_cast<uintptr_t>(range.bytes);
+    for (auto p = std::max(reinterpret_cast<uintptr_t>(piece), untouched); p < end; p = untouched) {
+      __builtin_prefetch(piece + (p - reinterpret_cast<uintptr_t>(piece)), 0, 2);
+      untouched = (p / kPage + 1) * kPage;
+    }
   }
   __asm__ volatile("");  // GCC drops calls of a function that only prefetches
 }
@@ -34,14 +51,7 @@ inline void touch_pages(const MemoryRange& range) {
 class WishList {
  public:
   void add(const MemoryRange& range) {
-    if (range.begin != range.end) ranges_.push_back(range);
-  }
-
-  // Only the rows themselves, whatever lies between them.
-  template <typename T>
-  void add_rows(const RowBlock<T>& rows, int64_t columns) {
-    if (rows.stride == columns) return add(range_of(rows, columns));
-    for (int64_t r = 0; r < rows.count; ++r) add(range_of(rows.part(r, r + 1), columns));
+    if (range.bytes > 0) ranges_.push_back(range);
   }
 
   void clear() { ranges_.clear(); }

@@ -82,7 +82,9 @@ class Backward {
     for (int64_t q = unit.query_begin; q < unit.query_end; ++q) {
       const int64_t position = p_.plan.permutation[q];
       wishes.add(range_of(RowBlock<T>{at(p_.dy, position), p_.d_emb, 1}, p_.d_emb));
-      wishes.add(range_of(RowBlock<T>{at(p_.x, position), p_.d_in, 1}, p_.d_in));
+      if (unit.rows() > 1) {
+        wishes.add(range_of(RowBlock<T>{at(p_.x, position), p_.d_in, 1}, p_.d_in));
+      }
     }
   }
 

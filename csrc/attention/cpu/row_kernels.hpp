@@ -27,17 +27,21 @@ struct RowBlock {
   RowBlock part(int64_t begin, int64_t end) const { return {row(begin), stride, end - begin}; }
 };
 
+// Pieces of equal length at equal distances.
 struct MemoryRange {
   const std::byte* begin = nullptr;
-  const std::byte* end = nullptr;
+  int64_t bytes = 0;   // of a piece
+  int64_t stride = 0;  // bytes from one to the next
+  int64_t count = 1;   // of pieces, at least one
 };
 
 // Memory that the thread reads later, in the order in which it does. Products of many queries leave
 // memory idle: they ask for it, some lines at a time.
 class Wanted {
  public:
-  Wanted(const MemoryRange* ranges, const MemoryRange* end)
-      : range_(ranges), end_(end), line_(ranges == end ? nullptr : ranges->begin) {}
+  Wanted(const MemoryRange* ranges, const MemoryRange* end) : range_(ranges), end_(end) {
+    if (range_ != end_) begin_range();
+  }
 
   bool empty() const { return range_ == end_; }
 
@@ -45,7 +49,7 @@ class Wanted {
   // instruction set defines nothing that all may link, and a call would save all sums around it.
   [[gnu::always_inline]] void ask(int lines) {
     if (range_ == end_) return;
-    if (line_ + int64_t{64} * lines < range_->end) [[likely]] {  // as nearly always: no branches
+    if (line_ + int64_t{64} * lines < piece_end_) [[likely]] {  // as nearly always: no branches
       for (int i = 0; i < lines; ++i) __builtin_prefetch(line_ + int64_t{64} * i, 0, 2);
       line_ += int64_t{64} * lines;
       return;
@@ -53,16 +57,28 @@ class Wanted {
     for (; lines > 0 && range_ != end_; --lines) {
       __builtin_prefetch(line_, 0, 2);
       line_ += 64;
-      if (line_ < range_->end) continue;
-      ++range_;
-      if (range_ != end_) line_ = range_->begin;
+      if (line_ < piece_end_) continue;
+      if (--pieces_ > 0) {
+        piece_end_ += range_->stride;
+        line_ = piece_end_ - range_->bytes;
+      } else if (++range_ != end_) {
+        begin_range();
+      }
     }
   }
 
  private:
+  [[gnu::always_inline]] void begin_range() {
+    line_ = range_->begin;
+    piece_end_ = line_ + range_->bytes;
+    pieces_ = range_->count;
+  }
+
   const MemoryRange* range_;
   const MemoryRange* end_;
-  const std::byte* line_;
+  const std::byte* line_ = nullptr;
+  const std::byte* piece_end_ = nullptr;
+  int64_t pieces_ = 0;  // of the range, from this one on
 };
 
 // What to ask memory for while rows pass, so that it is near when it is wanted.

@@ -18,8 +18,8 @@ void wish_for_rows(const Inputs& inputs, const Unit& unit, WishList& wishes) {
   const MemoryRange of_values = range_of(inputs.values(unit), inputs.d_emb());
   if (unit.rows() <= 1) return wishes.add(of_values);
   MemoryRange of_keys = range_of(inputs.keys(unit), inputs.d_in());
-  if (of_keys.begin <= of_values.begin && of_values.begin < of_keys.end) {
-    of_keys.end = std::max(of_keys.end, of_values.end);
+  if (of_keys.begin <= of_values.begin && of_values.begin < of_keys.begin + of_keys.bytes) {
+    of_keys.bytes = std::max(of_keys.bytes, of_values.begin - of_keys.begin + of_values.bytes);
   } else {
     wishes.add(of_values);
   }
@@ -55,7 +55,7 @@ void run_units(int num_threads, const RowKernels<Row>& kernels, const Inputs& in
         if (asks) {
           const Unit& first = ordered[begin];
           if (first.queries() > kernels.few_queries && first.rows() > 1) {
-            wishes.add_rows(inputs.values(first), inputs.d_emb());
+            wishes.add(rows_of(inputs.values(first), inputs.d_emb()));
           }
           for (int64_t i = begin + 1; i < end; ++i) {
             inputs.wish_for_queries(ordered[i], wishes);
@@ -66,8 +66,8 @@ void run_units(int num_threads, const RowKernels<Row>& kernels, const Inputs& in
             if (end == begin + 1) {
               wish_for_rows(inputs, *after, wishes);
             } else if (after->rows() > 1) {  // it asks for the others itself, while these pass
-              wishes.add_rows(inputs.keys(*after).part(0, std::min(after->rows(), kFirstRows)),
-                              inputs.d_in());
+              wishes.add(rows_of(inputs.keys(*after).part(0, std::min(after->rows(), kFirstRows)),
+                                 inputs.d_in()));
             }
           }
         }
