@@ -170,7 +170,8 @@ class L3Layer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         stored, own = local_metadata.get(_ALLOCATION), rows_checksum(self.allocation)
-        if stored not in (None, own):
+        has_rows = any(name.startswith(f"{prefix}table") for name in state_dict)
+        if has_rows and stored not in (None, own):
             error_msgs.append(
                 f"{prefix}table: expected rows of this layer's allocation ({own}), got those of "
                 f"another ({stored}), in which other tokens own them"

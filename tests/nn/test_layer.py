@@ -136,6 +136,15 @@ def test_weights_without_metadata_load_as_torch_s_do():
     assert torch.equal(same.table, source.table)
 
 
+def test_what_belongs_to_no_token_loads_into_another_allocation_s_layer():
+    source, other = make_layer(dtype=torch.float32), other_layer()
+    before, weights = other.table.clone(), source.state_dict()
+    del weights["table"]
+    other.load_state_dict(weights, strict=False)
+    assert torch.equal(other.mix.weight, source.mix.weight)
+    assert torch.equal(other.table, before)
+
+
 def test_rows_of_another_allocation_are_refused_quantised():
     source, other = make_layer(dtype=torch.float32).quantize_(), other_layer().quantize_()
     with pytest.raises(RuntimeError, match="expected rows of this layer's allocation"):
